@@ -1,0 +1,180 @@
+"""``compact`` and ``densify``: a model's parameters to values and back, in place.
+
+All or nothing: everything is checked and every new tensor made before the model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_comm.compact.module import (
+    CompactModule,
+    become_compact,
+    become_plain,
+    compact_slots,
+    memory_format_of,
+)
+from sparse_comm.compact.optimizer import (
+    Change,
+    carry_over,
+    check_optimizer,
+    mark_dead,
+    mark_values,
+)
+from sparse_comm.compact.slot import DTensor, Mode, Slot
+from sparse_comm.compact.validate import check_model, choose, parameter_places
+from sparse_comm.pattern import SparsityPattern
+
+__all__ = ["compact", "densify", "is_compact", "like", "masks_of", "values_changed"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compact(
+    model: Model,
+    masks: Mapping[str, Tensor | SparsityPattern],
+    weights: Mode = "cached",
+    compute_dtype: torch.dtype | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Model:
+    """Turn each masked parameter into the 1-D tensor of its unpruned values, in place.
+
+    ``model.named_parameters()`` then has the values under the parameter's name, and the module's
+    attribute gives the dense weight, zero where pruned, as before. Gradients, optimizer state,
+    all-reduces, shards and checkpoints follow the values. Weights that are not zero where pruned
+    are dropped. Never communicates: see ``check_masks``.
+
+    Call it before wrapping the model (DDP, ``fully_shard``) and before ``torch.compile``.
+
+    Args:
+        model: any module.
+        masks: bool mask of the parameter's shape (True = unpruned), or pattern, by the name of the
+            parameter as in ``model.named_parameters()``. Of tied parameters any name will do.
+        weights: "cached" keeps a dense copy of each weight, brought up to date when the values
+            changed: fastest. "transient" makes it for each use and again in backward: leanest,
+            and the natural mode under FSDP2.
+        compute_dtype: floating dtype of the dense weights; None for that of the values.
+        optimizer: built on this model's parameters: its groups and state are carried over.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: unknown name or mode, wrong shape, two masks for a tied pair, a model that is
+            compact already, a parameter or module that cannot be compact, an optimizer whose state
+            cannot be carried over. The model is left as it was.
+        TypeError: wrong types or dtypes; an optimizer that needs matrices. As above.
+
+    Source: SAMO (Singh & Bhatele, IPDPS 2023, section III) keeps compact states beside a dense
+    model; the compact parameter and the transient mode are ours.
+    """
+    check_model(model, weights, compute_dtype)
+    places = parameter_places(model)
+    chosen = choose(places, masks)
+    slots = {}
+    changes = []
+    for key, (name, pattern) in chosen.items():
+        old = places[key][0][2]._parameters[places[key][0][3]]
+        assert old is not None
+        pattern = pattern.to(old.device)
+        slot = Slot(name, pattern, weights, compute_dtype, memory_format_of(old))
+        with torch.no_grad():
+            new = like(old, slot.pack(old.detach()))
+            if old.grad is not None:
+                new.grad = slot.pack(old.grad)
+        slots[key] = slot
+        changes.append(Change(name, old, new, slot.pack))
+    if optimizer is not None:
+        check_optimizer(optimizer, changes)
+    # Nothing below refuses.
+    become_compact(model, {})
+    for (key, slot), change in zip(slots.items(), changes, strict=True):
+        for _, _, module, attribute in places[key]:
+            become_compact(module, {attribute: slot})
+            module._parameters[attribute] = change.new
+        slot.place(change.new)
+        mark_values(change.new, change.name, slot.pattern)
+        mark_dead(change)
+    if optimizer is not None:
+        carry_over(optimizer, changes)
+    return model
+
+
+def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Model:
+    """Give a compact model ordinary parameters again, in place: zero where they were pruned.
+
+    Args:
+        model: compact model, not wrapped.
+        optimizer: built on its values: groups and state are carried over, zero where pruned.
+
+    Returns:
+        The same model; unchanged if it is not compact.
+
+    Raises:
+        ValueError: the model is sharded (use ``dense_state_dict``), or as ``compact``.
+    """
+    changes: dict[int, Change] = {}
+    for name, module, attribute, slot in compact_slots(model):
+        old = module._parameters[attribute]
+        assert old is not None
+        if isinstance(old, DTensor):
+            raise ValueError(
+                f"parameter {name!r} is sharded; densify the model before fully_shard, or use "
+                "sparse_comm.dense_state_dict(model)"
+            )
+        if id(old) not in changes:
+            with torch.no_grad():
+                new = like(old, slot.expand(old.detach()))
+                if old.grad is not None:
+                    new.grad = slot.expand(old.grad)
+            changes[id(old)] = Change(name, old, new, slot.expand)
+    if optimizer is not None:
+        check_optimizer(optimizer, list(changes.values()))
+    for _, module, attribute, _ in list(compact_slots(model)):
+        module._parameters[attribute] = changes[id(module._parameters[attribute])].new
+    for module in list(model.modules()):
+        if isinstance(module, CompactModule):
+            become_plain(module)
+    for change in changes.values():
+        mark_dead(change)
+    if optimizer is not None:
+        carry_over(optimizer, list(changes.values()))
+    return model
+
+
+def values_changed(model: nn.Module) -> None:
+    """Say that values were written where torch cannot see it (through ``.data``, by a pointer).
+
+    Cached dense weights are expanded anew at their next use. Writes that torch sees (optimizers,
+    ``load_state_dict``, in-place operators) need no call.
+    """
+    for _, _, _, slot in compact_slots(model):
+        slot.mark_stale()
+
+
+def is_compact(model: nn.Module) -> bool:
+    """Whether the model has at least one compact parameter."""
+    return next(compact_slots(model), None) is not None
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Bool mask of the dense shape (True = unpruned) of each compact parameter, by its name.
+
+    Tied parameters once, under the name that ``model.named_parameters()`` gives.
+    """
+    masks: dict[int, tuple[str, Tensor]] = {}
+    for name, _, _, slot in compact_slots(model):
+        if id(slot) not in masks:
+            masks[id(slot)] = name, slot.pattern.to_mask()
+    return dict(masks.values())
+
+
+def like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
+    """A parameter of ``data`` with the attributes and ``requires_grad`` of ``old``."""
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)  # allreduce, tensor_model_parallel, …
+    return new

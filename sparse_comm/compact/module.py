@@ -1,0 +1,315 @@
+"""The subclass that a module gets when one of its parameters becomes compact.
+
+``module._parameters[name]`` holds the values, so every framework finds them under the parameter's
+own name; a property of that name gives the dense weight, so ``forward`` finds what it always did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.view import DenseView, write_dense
+
+__all__ = ["CompactModule", "become_compact", "become_plain", "compact_slots", "weight_of"]
+
+
+class CompactModule(nn.Module):
+    """Mixed into the class of each module that has compact parameters, and of the model's root."""
+
+    _compact: dict[str, Slot]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take an assignment to the attribute: values, a dense tensor to pack, or a tie."""
+        slot = self._compact.get(name)
+        if isinstance(param, DenseView):
+            _tie(self, name, param)
+        elif slot is None or isinstance(param, DTensor):
+            super().register_parameter(name, param)
+        elif param is None:
+            del self._compact[name]
+            super().register_parameter(name, None)
+        elif tuple(param.shape) == (slot.pattern.nnz,):
+            super().register_parameter(name, param)
+            slot.place(param)
+        elif type(param.data) is not Tensor:
+            raise TypeError(
+                f"cannot assign a {type(param.data).__name__} to compact parameter {slot.name!r}; "
+                "call sparse_comm.densify(model) first"
+            )
+        elif param.shape == slot.pattern.shape:
+            values = self._parameters[name]
+            assert values is not None
+            write_dense(slot, values, param)
+            values.requires_grad_(param.requires_grad)
+        else:
+            raise ValueError(
+                f"parameter assigned to {slot.name!r} has shape {tuple(param.shape)}, expected the "
+                f"dense shape {tuple(slot.pattern.shape)} or that of its values "
+                f"({slot.pattern.nnz},)"
+            )
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._compact:
+            raise RuntimeError(
+                f"cannot remove compact parameter {self._compact[name].name!r} (parametrizations, "
+                "weight_norm and torch pruning do so): call sparse_comm.densify(model) first, "
+                "change the module, and compact it again"
+            )
+        super().__delattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name, slot in self._compact.items():
+            values = self._parameters[name]
+            assert values is not None
+            # .to(memory_format=…) passes over 1-D values; a small dense tensor shows what it does
+            if len(slot.pattern.shape) in (4, 5):
+                probe = torch.empty((2,) * len(slot.pattern.shape), device=values.device)
+                after = fn(probe.contiguous(memory_format=slot.memory_format))
+                slot.memory_format = memory_format_of(after)
+            slot.place(values)
+        return self
+
+    # State dicts carry the digests of the patterns, since values of another pattern fit as well.
+
+    def get_extra_state(self) -> Any:
+        """uint8 tensor of shape (compact parameters, 16): pattern digests in order of name."""
+        digests = [
+            list(bytes.fromhex(s.pattern.digest())) for _, s in sorted(self._compact.items())
+        ]
+        state = torch.tensor(digests, dtype=torch.uint8).reshape(-1, 16)
+        if (inner := _inner_extra_state(type(self))) is not None:
+            return {"patterns": state, "module": inner.get_extra_state(self)}
+        return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._compact and _inner_extra_state(type(self)) is None:
+            destination.pop(prefix + "_extra_state", None)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: a digest that differs was refused before anything was loaded."""
+        if (inner := _inner_extra_state(type(self))) is not None:
+            inner.set_extra_state(self, state["module"] if _is_ours(state) else state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        from sparse_comm.compact.state import check_state, pack_state
+
+        check_state(self, state_dict, prefix)
+        pack_state(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if (key := prefix + "_extra_state") in missing_keys:
+            missing_keys.remove(key)
+        for slot in self._compact.values():
+            slot.mark_stale()
+
+    # Tools that look at the exact type of a module, or at its source.
+
+    @property
+    def qconfig(self) -> Any:
+        """Absent. ``torch.ao.quantization`` sets it, and would then pass over this class."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise RuntimeError(
+            f"quantization finds modules by exact type and would skip this compact "
+            f"{type(self).__name__}: call sparse_comm.densify(model) first"
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            "torch.jit.script cannot compile compact modules: use torch.export, torch.jit.trace "
+            "or torch.compile, or call sparse_comm.densify(model) first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (cls, *rest), *state = super().__reduce_ex__(max(int(protocol), 2))
+        assert cls is type(self), f"{cls.__name__} pickles in a way of its own"
+        return (_rebuild, (plain_class(cls), tuple(self._compact), *rest), *state)
+
+
+class _CompactRNN:
+    """For RNNs, which keep a second list of their weights: it is read off the attributes."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weight_refs: list[Any] = []
+
+    def flatten_parameters(self) -> None:
+        """Nothing: cuDNN's flat buffer would alias weights that live for one use only."""
+
+
+class _CompactPretrained:
+    """For Hugging Face models, which would write values as if they were weights."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the dense model, as an ordinary one would."""
+        from sparse_comm.compact.state import dense_state_dict
+
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = dense_state_dict(self)  # type: ignore[arg-type]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _subclass(base: type[nn.Module]) -> type[CompactModule]:
+    """One subclass a base class, so that compiled code is shared; it keeps the base's name."""
+    extra: tuple[type, ...] = ()
+    if issubclass(base, nn.RNNBase):
+        extra += (_CompactRNN,)
+    if hasattr(base, "save_pretrained"):
+        extra += (_CompactPretrained,)
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (*extra, CompactModule, base), names)
+
+
+def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a compact class was made from."""
+    return cls.__mro__[cls.__mro__.index(CompactModule) + 1]
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> Any:
+    cls = _subclass(base)
+    for name in names:
+        _add_property(cls, name)
+    return cls.__new__(cls, *args)
+
+
+def become_compact(module: nn.Module, slots: dict[str, Slot]) -> None:
+    """Give ``module`` the compact class, with these slots besides those it has."""
+    if not isinstance(module, CompactModule):
+        cls = _subclass(type(module))
+        object.__setattr__(module, "_compact", {})
+        object.__setattr__(module, "__class__", cls)
+    assert isinstance(module, CompactModule)
+    for name, slot in slots.items():
+        _add_property(type(module), name)
+        module._compact[name] = slot
+    if slots and isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)
+        module._flat_weight_refs = []
+
+
+def become_plain(module: CompactModule) -> None:
+    """Give ``module`` its own class back."""
+    object.__setattr__(module, "__class__", plain_class(type(module)))
+    del module.__dict__["_compact"]
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
+        module._init_flat_weights()
+
+
+def _add_property(cls: type, name: str) -> None:
+    if not isinstance(getattr(cls, name, None), _Weight):
+        setattr(cls, name, _Weight(name))
+
+
+class _Weight(property):
+    """The property that gives a compact parameter's dense weight."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(lambda module: weight_of(module, name))
+
+
+def weight_of(module: CompactModule, name: str) -> Tensor | None:
+    """What ``module.name`` gives: the dense weight of a compact parameter.
+
+    The raw parameter where it is not compact, and where it is sharded: FSDP2 asks for its own
+    DTensor by this way, and the dense weight exists only between its gathering and its release.
+    """
+    if name not in module._parameters:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+    values = module._parameters[name]
+    slot = module._compact.get(name)
+    if slot is None or values is None:
+        return values
+    if isinstance(values, DTensor):
+        slot.sharded = True
+        return values
+    if tuple(values.shape) != (slot.pattern.nnz,):
+        if values.shape == slot.pattern.shape:  # functional_call with dense tensors
+            return slot.expand(slot.pack(values))
+        return values  # partitioned by a framework, which holds no data here
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return slot.weight(values)
+    return DenseView.of(slot, values)
+
+
+def compact_slots(model: nn.Module) -> Iterator[tuple[str, CompactModule, str, Slot]]:
+    """(parameter's full name, module, attribute, slot) of every compact parameter, ties too."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, CompactModule):
+            for name, slot in module._compact.items():
+                yield f"{prefix}.{name}" if prefix else name, module, name, slot
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """channels_last where the tensor is laid out so and not contiguous, else contiguous."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout):
+            return torch.contiguous_format if tensor.is_contiguous() else layout
+    return torch.contiguous_format
+
+
+def _tie(module: CompactModule, name: str, view: DenseView) -> None:
+    """``a.weight = b.weight`` of a compact b: a's parameter is b's from now on."""
+    slot, values = view._link.slot, view._link.values
+    old = module._compact.get(name)
+    if not view._is_param:
+        raise TypeError(
+            f"cannot assign a view of the dense weight of {slot.name!r} as parameter {name!r}; "
+            "assign the module's attribute itself to tie them, or nn.Parameter(view.clone())"
+        )
+    if old is None or old.pattern.shape != slot.pattern.shape:
+        raise ValueError(
+            f"cannot tie parameter {name!r} to compact parameter {slot.name!r}: "
+            + ("it is not compact" if old is None else f"its shape is {tuple(old.pattern.shape)}")
+            + "; tie the weights before sparse_comm.compact(model, masks)"
+        )
+    module._compact[name] = slot
+    nn.Module.register_parameter(module, name, values)  # type: ignore[arg-type]
+
+
+def _inner_extra_state(cls: type) -> Any:
+    """The class, below ours, that has an extra state of its own; None if there is none."""
+    base = plain_class(cls)
+    return base if base.get_extra_state is not nn.Module.get_extra_state else None
+
+
+def _is_ours(state: Any) -> bool:
+    return isinstance(state, dict) and set(state) == {"patterns", "module"}

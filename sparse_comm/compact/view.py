@@ -1,0 +1,319 @@
+"""``module.weight`` of a compact parameter: a dense tensor whose writes reach the values.
+
+In eager mode the attribute gives a ``DenseView``. Operators see the plain dense tensor inside it;
+the view exists to notice what a plain tensor would let pass in silence: a write (``nn.init``,
+``.data.copy_()``, ``weight[0] = 0``) is packed into the values, and what belongs to the parameter
+(``grad``, ``requires_grad``, hooks) is passed on to them. In transient mode it also keeps autograd
+from saving the dense weight (``saved.py``). Compiled code gets the plain tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_comm.compact.saved import expand_again_in_backward
+from sparse_comm.compact.slot import Slot
+
+__all__ = ["DenseView", "warn_dropped", "write_dense"]
+
+
+class Link:
+    """The tensor of values behind a dense tensor: the parameter's values, or their gradient."""
+
+    __slots__ = ("base", "slot", "values")
+
+    def __init__(self, slot: Slot, values: Tensor, base: Tensor) -> None:
+        self.slot, self.values, self.base = slot, values, base
+
+    def write_back(self) -> None:
+        """Pack what was written to the dense tensor, and zero its pruned entries again."""
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            self.restore()
+            raise RuntimeError(
+                f"in-place write to the dense weight of compact parameter {self.slot.name!r} "
+                "while gradients are recorded; write under torch.no_grad(), as for any parameter"
+            )
+        write_dense(self.slot, self.values, self.base.detach())
+        self.restore()
+
+    def restore(self) -> None:
+        """Make the dense tensor equal to the values."""
+        with torch.no_grad():
+            self.base.detach().copy_(self.slot.expand(self.values.detach(), self.base.dtype))
+        self.slot.mark_stale()
+
+
+class DenseView(torch.Tensor):
+    """The dense weight of a compact parameter. Made by the module's attribute, not by users."""
+
+    _plain: Tensor  # the ordinary tensor, with its autograd history
+    _link: Link
+    _is_param = False  # isinstance(module.weight, nn.Parameter): True for the attribute itself
+
+    @staticmethod
+    def wrap(plain: Tensor, link: Link, whole: bool) -> DenseView:
+        """Around ``plain``, which is the link's base (``whole``) or a view of it."""
+        view = plain.as_subclass(DenseView)
+        view._plain, view._link, view._is_param = plain, link, whole
+        return view
+
+    @classmethod
+    def of(cls, slot: Slot, values: Tensor) -> DenseView:
+        """The dense view of a parameter's ``values``."""
+        # A normal tensor even under inference_mode: only those count their versions.
+        with _normal_tensors():
+            plain = slot.weight(values)
+        return cls.wrap(plain, Link(slot, values, plain), whole=True)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        special = _SPECIAL.get(func)
+        if special is not None and args and isinstance(args[0], DenseView):
+            return special(*args, **(kwargs or {}))
+        views: list[DenseView] = []
+        args = _unwrap(args, views)
+        kwargs = _unwrap(kwargs or {}, views)
+        links = {id(v._link): v._link for v in views}
+        versions = {key: link.base._version for key, link in links.items()}
+        transient = [link for link in links.values() if link.slot.mode == "transient"]
+        try:
+            if transient and torch.is_grad_enabled():
+                with expand_again_in_backward([(x.slot, x.values, x.base) for x in transient]):
+                    result = func(*args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
+        except RuntimeError as error:
+            raise _explained(error, views) from error
+        for key, link in links.items():
+            if link.base._version != versions[key]:
+                link.write_back()
+        return _rewrap(result, views, links.values())
+
+
+def write_dense(slot: Slot, values: Tensor, dense: Tensor) -> None:
+    """Pack ``dense`` into ``values``, in place and without gradient.
+
+    Where the dtypes differ, only entries that were written change, so that a write to one entry of
+    a bf16 weight leaves the fp32 values of the others as precise as they were.
+    """
+    with torch.no_grad():
+        dense = dense.detach().to(values.device)
+        packed = slot.pack(dense)
+        if int(dense.count_nonzero()) > int(packed.count_nonzero()):
+            warn_dropped(slot.name)
+        if packed.dtype != values.dtype:
+            changed = packed != values.to(packed.dtype)
+            packed = torch.where(changed, packed.to(values.dtype), values.detach())
+        values.detach().copy_(packed)
+        slot.mark_stale()
+
+
+def warn_dropped(name: str) -> None:
+    """Once a process: initialisation writes everywhere, and a line a layer would be noise."""
+    global _warned_dropped
+    if not _warned_dropped:
+        _warned_dropped = True
+        warnings.warn(
+            f"a dense tensor written to compact parameter {name!r} has non-zero entries where it "
+            "is pruned; they stay zero (said once, other parameters are treated alike)",
+            stacklevel=4,
+        )
+
+
+_warned_dropped = False
+
+
+def _unwrap(value: Any, views: list[DenseView]) -> Any:
+    """``value`` with plain tensors in place of the views, which are collected."""
+    if isinstance(value, DenseView):
+        views.append(value)
+        return value._plain if torch.is_grad_enabled() else value._plain.detach()
+    if type(value) in (list, tuple):
+        return type(value)(_unwrap(v, views) for v in value)
+    if type(value) is dict:
+        return {k: _unwrap(v, views) for k, v in value.items()}
+    return value
+
+
+def _rewrap(result: Any, views: list[DenseView], links: Iterable[Link]) -> Any:
+    """``result`` with a view around each tensor that shares memory with a dense weight."""
+    if isinstance(result, Tensor) and result.layout == torch.strided:
+        storage = result.untyped_storage()._cdata
+        for link in links:
+            if link.base.untyped_storage()._cdata == storage:
+                return DenseView.wrap(result, link, whole=False)
+    elif type(result) in (list, tuple):
+        return type(result)(_rewrap(r, views, links) for r in result)
+    return result
+
+
+def _explained(error: RuntimeError, views: list[DenseView]) -> RuntimeError:
+    """The operator's error, with what to do where the compact parameter is behind it."""
+    slot = views[0]._link.slot
+    text = str(error)
+    if "modified inplace" in text or "a view and is being modified" in text:
+        return RuntimeError(
+            f"in-place write to the dense weight of compact parameter {slot.name!r} while "
+            f"gradients are recorded; write under torch.no_grad(), as for any parameter ({text})"
+        )
+    if slot.compute_dtype is not None and "dtype" in text:
+        return RuntimeError(
+            f"{text}\nThe weight of {slot.name!r} has compute_dtype {slot.compute_dtype}: run the "
+            "model under torch.autocast, or cast its inputs and unmasked biases to that dtype"
+        )
+    return error
+
+
+@contextlib.contextmanager
+def _normal_tensors() -> Any:
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+# What belongs to the parameter rather than to one dense tensor.
+
+
+def _of_parameter(view: DenseView, what: str) -> Link:
+    if not view._is_param:
+        raise RuntimeError(
+            f"{what} of a view of the dense weight of compact parameter {view._link.slot.name!r}: "
+            "use it on the module's attribute itself, or on a clone()"
+        )
+    return view._link
+
+
+def _get_data(view: DenseView) -> DenseView:
+    # detach, not .data: it shares the version counter by which writes are noticed
+    return DenseView.wrap(view._plain.detach(), view._link, whole=False)
+
+
+def _set_data(view: DenseView, dense: Tensor) -> None:
+    link = _of_parameter(view, ".data assignment")
+    plain = dense._plain if isinstance(dense, DenseView) else dense
+    if plain.shape != link.slot.pattern.shape:
+        raise ValueError(
+            f"data for compact parameter {link.slot.name!r} has shape {tuple(plain.shape)}, "
+            f"expected the dense shape {tuple(link.slot.pattern.shape)}"
+        )
+    write_dense(link.slot, link.values, plain)
+
+
+def _get_grad(view: DenseView) -> DenseView | None:
+    if not view._is_param or view._link.values.grad is None:
+        return None
+    slot, grad = view._link.slot, view._link.values.grad
+    with torch.no_grad():
+        dense = slot.expand(grad)
+    return DenseView.wrap(dense, Link(slot, grad, dense), whole=False)
+
+
+def _set_grad(view: DenseView, grad: Tensor | None) -> None:
+    link = _of_parameter(view, ".grad assignment")
+    if isinstance(grad, DenseView):
+        grad = grad._plain
+    if grad is not None:
+        if grad.shape != link.slot.pattern.shape:
+            raise ValueError(
+                f"gradient for compact parameter {link.slot.name!r} has shape "
+                f"{tuple(grad.shape)}, expected {tuple(link.slot.pattern.shape)}"
+            )
+        grad = link.slot.pack(grad.detach()).to(link.values.dtype)
+    link.values.grad = grad
+
+
+def _get_requires_grad(view: DenseView) -> bool:
+    return view._link.values.requires_grad if view._is_param else view._plain.requires_grad
+
+
+def _requires_grad_(view: DenseView, requires_grad: bool = True) -> DenseView:
+    _of_parameter(view, "requires_grad_()").values.requires_grad_(requires_grad)
+    return view
+
+
+def _set_requires_grad(view: DenseView, requires_grad: bool) -> None:
+    _requires_grad_(view, requires_grad)
+
+
+def _register_hook(view: DenseView, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """The hook sees the dense gradient, zero where pruned, and may return another."""
+    link = _of_parameter(view, "register_hook()")
+    slot = link.slot
+
+    def on_values(grad: Tensor) -> Tensor | None:
+        changed = hook(slot.expand(grad))
+        return None if changed is None else slot.pack(changed)
+
+    return link.values.register_hook(on_values)
+
+
+def _register_post_hook(view: DenseView, hook: Callable[[Tensor], None]) -> Any:
+    name = _of_parameter(view, "register_post_accumulate_grad_hook()").slot.name
+    raise RuntimeError(
+        f"register the hook on the values of compact parameter {name!r}: "
+        f"dict(model.named_parameters())[{name!r}].register_post_accumulate_grad_hook(hook)"
+    )
+
+
+def _grad_fn(view: DenseView) -> Any:
+    """A node always: a dense weight is a function of its values, never a leaf.
+
+    ``nn.Module.register_parameter`` refuses it for that, so that no other module takes a dense
+    copy for the parameter; so do optimizers.
+    """
+    if view._plain.grad_fn is not None or not view._is_param:
+        return view._plain.grad_fn
+    with torch.enable_grad():
+        return view._link.values.detach().requires_grad_().view(-1).grad_fn
+
+
+def _read_only_numpy(view: DenseView, *args: Any, **kwargs: Any) -> Any:
+    array = view._plain.numpy(*args, **kwargs)
+    array.flags.writeable = False
+    return array
+
+
+def _plain_copy(view: DenseView, *_: Any) -> Tensor:
+    return view._plain.detach().clone()
+
+
+def _refuse_set(view: DenseView, *_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        f"set_() on the dense weight of compact parameter {view._link.slot.name!r} would have no "
+        "effect on it; copy into it under torch.no_grad()"
+    )
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.grad.__get__: _get_grad,  # type: ignore[attr-defined]
+    Tensor.grad.__set__: _set_grad,  # type: ignore[attr-defined]
+    Tensor.grad.__delete__: lambda view: _set_grad(view, None),  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__: _get_requires_grad,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: lambda v: v._plain.is_leaf and not v._is_param,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
+    Tensor.requires_grad_: _requires_grad_,
+    Tensor.retain_grad: lambda view: None,  # values, being a leaf, keep their gradient anyway
+    Tensor.register_hook: _register_hook,
+    Tensor.register_post_accumulate_grad_hook: _register_post_hook,
+    Tensor.numpy: _read_only_numpy,
+    Tensor.__deepcopy__: _plain_copy,
+    Tensor.__reduce_ex__: lambda view, protocol: _plain_copy(view).__reduce_ex__(protocol),
+    Tensor.set_: _refuse_set,
+}

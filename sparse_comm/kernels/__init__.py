@@ -1,0 +1,115 @@
+"""Pack and expand: between a dense tensor and the 1-D tensor of its unpruned values.
+
+    values = pack(dense, pattern)
+    dense = expand(values, pattern)
+
+Both are ``torch.library`` operators, so they trace under ``torch.compile(fullgraph=True)`` and
+``torch.export``, and each is the other's gradient. This package knows a pattern only by its fields
+(``bitmap``, ``offsets``, ``shape``, ``nnz``) and imports nothing else of the project.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_comm.kernels import ops
+from sparse_comm.kernels.reference import BLOCK, unpack_bits
+
+__all__ = ["BLOCK", "Pattern", "expand", "pack", "unpack_bits"]
+
+
+class Pattern(Protocol):
+    """What pack and expand need of a ``SparsityPattern``."""
+
+    bitmap: Tensor
+    offsets: Tensor
+    nnz: int
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+
+def pack(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
+    """The unpruned entries of ``dense``, in row-major order.
+
+    Args:
+        dense: tensor of the pattern's shape, any real dtype and memory layout, on its device.
+        pattern: which entries are unpruned.
+        out: contiguous tensor of shape ``(nnz,)`` to write to, without gradient; values are
+            converted to its dtype (rounded to nearest even).
+
+    Returns:
+        Tensor of shape ``(nnz,)``: ``out``, or a new one of dense's dtype, differentiable.
+
+    Raises:
+        ValueError: wrong shape or device of ``dense`` or ``out``.
+
+    Source: SAMO (Singh & Bhatele, IPDPS 2023), section III; the bitmap is ours.
+    """
+    if dense.shape != pattern.shape:
+        raise ValueError(
+            f"pack: the pattern has shape {tuple(pattern.shape)}, the tensor {tuple(dense.shape)}"
+        )
+    _check_device("pack", dense, pattern)
+    if out is None:
+        return ops.pack(dense, pattern.bitmap, pattern.offsets, pattern.nnz, None)
+    _check_out("pack", out, torch.Size([pattern.nnz]), dense)
+    with torch.no_grad():
+        ops.pack_into(out, dense, pattern.bitmap, pattern.offsets)
+    return out
+
+
+def expand(
+    values: Tensor, pattern: Pattern, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The dense tensor whose unpruned entries are ``values`` and whose others are zero.
+
+    Args:
+        values: tensor of shape ``(nnz,)``, any real dtype, on the pattern's device.
+        pattern: where the values stand.
+        out: contiguous tensor of the pattern's shape to write to, without gradient.
+        dtype: dtype of the new tensor; that of ``values`` if not given. With ``out``, its dtype
+            counts. Conversion rounds to nearest even.
+
+    Returns:
+        Tensor of the pattern's shape: ``out``, or a new one, differentiable.
+
+    Raises:
+        ValueError: wrong shape or device of ``values`` or ``out``; ``dtype`` unlike out's.
+
+    Source: SAMO (Singh & Bhatele, IPDPS 2023), section III; the bitmap is ours.
+    """
+    if tuple(values.shape) != (pattern.nnz,):
+        raise ValueError(
+            f"expand: the pattern has {pattern.nnz} unpruned entries, "
+            f"the values have shape {tuple(values.shape)}"
+        )
+    _check_device("expand", values, pattern)
+    if out is None:
+        return ops.expand(values, pattern.bitmap, pattern.offsets, pattern.shape, dtype)
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"expand: dtype is {dtype}, but out has {out.dtype}")
+    _check_out("expand", out, pattern.shape, values)
+    with torch.no_grad():
+        ops.expand_into(out, values, pattern.bitmap, pattern.offsets)
+    return out
+
+
+def _check_device(what: str, tensor: Tensor, pattern: Pattern) -> None:
+    if tensor.device != pattern.bitmap.device and not tensor.is_meta:
+        raise ValueError(
+            f"{what}: the tensor is on {tensor.device}, the pattern on {pattern.bitmap.device}; "
+            "move the pattern with pattern.to(device)"
+        )
+
+
+def _check_out(what: str, out: Tensor, shape: torch.Size, source: Tensor) -> None:
+    if out.shape != shape or not out.is_contiguous() or out.device != source.device:
+        raise ValueError(
+            f"{what}: out must be contiguous, of shape {tuple(shape)}, on {source.device}; got "
+            f"{'contiguous' if out.is_contiguous() else 'strided'} {tuple(out.shape)} "
+            f"on {out.device}"
+        )
