@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up .venv where needed, then runs every check; arguments go to pytest.
+#
+#     bash scripts/test.sh -x -k pattern
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=1 # several processes share the cores
+export MPLCONFIGDIR="$PWD/.sparse_comm_cache/matplotlib"
+
+bash scripts/setup_env.sh dev
+
+run() {
+    printf '\n$ %s\n' "$*"
+    .venv/bin/python -m "$@"
+}
+run ruff check
+run ruff format --check
+run mypy
+run pytest "$@"
