@@ -18,14 +18,8 @@ from sparse_comm.compact.module import (
     compact_slots,
     memory_format_of,
 )
-from sparse_comm.compact.optimizer import (
-    Change,
-    carry_over,
-    check_optimizer,
-    mark_dead,
-    mark_values,
-)
-from sparse_comm.compact.slot import DTensor, Mode, Slot
+from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
+from sparse_comm.compact.slot import MARK, DTensor, Mode, Slot, mark
 from sparse_comm.compact.validate import check_model, choose, parameter_places
 from sparse_comm.pattern import SparsityPattern
 
@@ -97,8 +91,8 @@ def compact(
             become_compact(module, {attribute: slot})
             module._parameters[attribute] = change.new
         slot.place(change.new)
-        mark_values(change.new, change.name, slot.pattern)
-        mark_dead(change)
+        mark(change.new, slot)
+    replaced(changes)
     if optimizer is not None:
         carry_over(optimizer, changes)
     return model
@@ -139,8 +133,7 @@ def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
     for module in list(model.modules()):
         if isinstance(module, CompactModule):
             become_plain(module)
-    for change in changes.values():
-        mark_dead(change)
+    replaced(list(changes.values()))
     if optimizer is not None:
         carry_over(optimizer, list(changes.values()))
     return model
@@ -177,4 +170,5 @@ def like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
     """A parameter of ``data`` with the attributes and ``requires_grad`` of ``old``."""
     new = nn.Parameter(data, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)  # allreduce, tensor_model_parallel, …
+    new.__dict__.pop(MARK, None)
     return new

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.slot import MARK, DTensor, Slot, mark
 from sparse_comm.compact.view import DenseView, write_dense
 
 __all__ = ["CompactModule", "become_compact", "become_plain", "compact_slots", "weight_of"]
@@ -27,6 +27,8 @@ class CompactModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take an assignment to the attribute: values, a dense tensor to pack, or a tie."""
         slot = self._compact.get(name)
+        if slot is None and self._compact:
+            _check_none_removed(self)
         if isinstance(param, DenseView):
             _tie(self, name, param)
         elif slot is None or isinstance(param, DTensor):
@@ -160,7 +162,10 @@ class _CompactRNN:
         pass
 
     def _init_flat_weights(self) -> None:
-        self._flat_weight_refs: list[Any] = []
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
 
     def flatten_parameters(self) -> None:
         """Nothing: cuDNN's flat buffer would alias weights that live for one use only."""
@@ -218,7 +223,6 @@ def become_compact(module: nn.Module, slots: dict[str, Slot]) -> None:
         module._compact[name] = slot
     if slots and isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
-        module._flat_weight_refs = []
 
 
 def become_plain(module: CompactModule) -> None:
@@ -226,7 +230,6 @@ def become_plain(module: CompactModule) -> None:
     object.__setattr__(module, "__class__", plain_class(type(module)))
     del module.__dict__["_compact"]
     if isinstance(module, nn.RNNBase):
-        module._flat_weights = [getattr(module, n, None) for n in module._flat_weights_names]
         module._init_flat_weights()
 
 
@@ -254,6 +257,8 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     slot = module._compact.get(name)
     if slot is None or values is None:
         return values
+    if not hasattr(values, MARK) and not torch.compiler.is_compiling():
+        mark(values, slot)
     if isinstance(values, DTensor):
         slot.sharded = True
         return values
@@ -295,14 +300,28 @@ def _tie(module: CompactModule, name: str, view: DenseView) -> None:
             f"cannot assign a view of the dense weight of {slot.name!r} as parameter {name!r}; "
             "assign the module's attribute itself to tie them, or nn.Parameter(view.clone())"
         )
-    if old is None or old.pattern.shape != slot.pattern.shape:
+    if old is None:
         raise ValueError(
-            f"cannot tie parameter {name!r} to compact parameter {slot.name!r}: "
-            + ("it is not compact" if old is None else f"its shape is {tuple(old.pattern.shape)}")
-            + "; tie the weights before sparse_comm.compact(model, masks)"
+            f"cannot register the dense weight of compact parameter {slot.name!r} as {name!r}, "
+            "which is not compact (torch pruning and ties try that): do it before "
+            "sparse_comm.compact, or after sparse_comm.densify"
+        )
+    if old.pattern.shape != slot.pattern.shape:
+        raise ValueError(
+            f"cannot tie parameter {name!r} of shape {tuple(old.pattern.shape)} to {slot.name!r} "
+            f"of shape {tuple(slot.pattern.shape)}"
         )
     module._compact[name] = slot
     nn.Module.register_parameter(module, name, values)  # type: ignore[arg-type]
+
+
+def _check_none_removed(module: CompactModule) -> None:
+    for name, slot in module._compact.items():
+        if name not in module._parameters:
+            raise RuntimeError(
+                f"compact parameter {slot.name!r} was taken out of its module (the old "
+                "torch.nn.utils.weight_norm does so): call sparse_comm.densify(model) before"
+            )
 
 
 def _inner_extra_state(cls: type) -> Any:

@@ -6,6 +6,7 @@ The checks run in a step pre-hook that ``torch.optim`` offers to all optimizers
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_comm.compact.module import compact_slots
-from sparse_comm.pattern import SparsityPattern
+from sparse_comm.compact.slot import MARK
 
-__all__ = ["Change", "carry_over", "check_optimizer", "mark_dead", "mark_values", "param_groups"]
+__all__ = ["Change", "carry_over", "check_optimizer", "param_groups", "replaced"]
 
 NEEDS_MATRICES = ("Adafactor", "Muon")
 
@@ -112,25 +112,20 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": params, "weight_decay": wd} for params, wd in groups if params]
 
 
-# Parameters that compact() replaced, and values by the number of dimensions of their weight. An
-# optimizer over the first trains nothing; one that groups the second by p.dim() decays nothing.
-_dead: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_patterns: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_REPLACED = "_sparse_comm_replaced"  # attribute of a parameter that belongs to no model any more
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-_hook: Any = None
 
 
-def mark_dead(change: Change) -> None:
-    """Remember that ``change.old`` belongs to no model any more."""
-    _dead[change.old] = change.name
+def replaced(changes: Sequence[Change]) -> None:
+    """Remember, for optimizers that hold them, that these parameters train nothing any more."""
+    for change in changes:
+        setattr(change.old, _REPLACED, change.name)
+    _watch_optimizers()
 
 
-def mark_values(values: Tensor, name: str, pattern: SparsityPattern) -> None:
-    """Remember whose values these are, for the checks at an optimizer's first step."""
-    global _hook
-    _patterns[values] = (name, pattern)
-    if _hook is None:
-        _hook = register_optimizer_step_pre_hook(_before_step)
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
 
 
 @torch.compiler.disable
@@ -143,17 +138,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         decay = group.get("weight_decay", 0)
         decays |= bool(decay)
         for p in group["params"]:
-            if p in _dead:
+            if name := getattr(p, _REPLACED, None):
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} holds the dense parameter {_dead[p]!r}, which "
-                    "sparse_comm.compact() has replaced: build the optimizer after compact(), or "
-                    "pass it: compact(model, masks, optimizer=optimizer)"
+                    f"{type(optimizer).__name__} holds the parameter {name!r} as it was before "
+                    "sparse_comm replaced it (compact, densify or update_masks): build the "
+                    "optimizer afterwards, or pass it: compact(model, masks, optimizer=optimizer)"
                 )
-            if p in _patterns:
-                name, pattern = _patterns[p]
+            if name_ndim := getattr(p, MARK, None):
                 _refuse_matrix_optimizer(optimizer)
-                if not decay and len(pattern.shape) >= 2:
-                    undecayed = undecayed or name
+                if not decay and name_ndim[1] >= 2:
+                    undecayed = undecayed or name_ndim[0]
     if decays and undecayed:
         warnings.warn(
             f"{type(optimizer).__name__} decays some weights, but not the matrix {undecayed!r}, "

@@ -20,7 +20,7 @@ else:  # a build of torch without distributed has no sharded parameters
         """Nothing is an instance of it."""
 
 
-__all__ = ["MODES", "DTensor", "Mode", "Slot"]
+__all__ = ["MARK", "MODES", "DTensor", "Mode", "Slot", "mark"]
 
 Mode = Literal["cached", "transient"]
 MODES: tuple[Mode, ...] = ("cached", "transient")
@@ -101,7 +101,7 @@ class Slot:
             return self._cached(values)
         if self.pattern.device != values.device and not values.is_meta:
             self.pattern = self.pattern.to(values.device)
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _is_compiling_for_training():
             # The tag that checkpoint leaves makes the compiler expand again in backward, where
             # it would otherwise keep the dense weight.
             return checkpoint(self.expand, values, self.compute_dtype, use_reentrant=False)
@@ -162,6 +162,15 @@ class Slot:
             )
 
 
+# Attribute by which an optimizer's first step knows whose values it was given.
+MARK = "_sparse_comm"
+
+
+def mark(values: Tensor, slot: Slot) -> None:
+    """Note on the values the name of their parameter and its number of dimensions."""
+    setattr(values, MARK, (slot.name, len(slot.pattern.shape)))
+
+
 class _Cached(torch.autograd.Function):
     """Hands out the cache as the values' dense weight and packs its gradient.
 
@@ -171,7 +180,7 @@ class _Cached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, cache: Tensor, pattern: SparsityPattern) -> Tensor:
         ctx.pattern, ctx.dtype = pattern, values.dtype
-        return cache.view_as(cache)
+        return cache.detach()  # not a view in autograd's eyes: writes are the DenseView's business
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -194,6 +203,10 @@ def _is_own(values: Tensor) -> bool:
     return isinstance(values, torch.nn.Parameter) and not isinstance(
         values, torch._subclasses.FakeTensor
     )
+
+
+def _is_compiling_for_training() -> bool:
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _functorch_active() -> bool:

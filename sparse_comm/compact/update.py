@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from sparse_comm.compact.convert import like
 from sparse_comm.compact.module import CompactModule
-from sparse_comm.compact.optimizer import (
-    Change,
-    carry_over,
-    check_optimizer,
-    mark_dead,
-    mark_values,
-)
-from sparse_comm.compact.slot import Slot
+from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
+from sparse_comm.compact.slot import Slot, mark
 from sparse_comm.compact.validate import pattern_for, unknown_name
 from sparse_comm.pattern import SparsityPattern
 
@@ -79,8 +73,8 @@ def update_masks(
     for key, (slot, change) in changes.items():
         slot.pattern = patterns[key]
         slot.place(change.new)
-        mark_values(change.new, change.name, slot.pattern)
-        mark_dead(change)
+        mark(change.new, slot)
+    replaced([change for _, change in changes.values()])
     return model
 
 

@@ -33,12 +33,6 @@ class Link:
 
     def write_back(self) -> None:
         """Pack what was written to the dense tensor, and zero its pruned entries again."""
-        if torch.is_grad_enabled() and self.values.requires_grad:
-            self.restore()
-            raise RuntimeError(
-                f"in-place write to the dense weight of compact parameter {self.slot.name!r} "
-                "while gradients are recorded; write under torch.no_grad(), as for any parameter"
-            )
         write_dense(self.slot, self.values, self.base.detach())
         self.restore()
 
@@ -86,7 +80,7 @@ class DenseView(torch.Tensor):
         args = _unwrap(args, views)
         kwargs = _unwrap(kwargs or {}, views)
         links = {id(v._link): v._link for v in views}
-        versions = {key: link.base._version for key, link in links.items()}
+        before = {key: (link.base._version, link.base.grad_fn) for key, link in links.items()}
         transient = [link for link in links.values() if link.slot.mode == "transient"]
         try:
             if transient and torch.is_grad_enabled():
@@ -95,11 +89,22 @@ class DenseView(torch.Tensor):
             else:
                 result = func(*args, **kwargs)
         except RuntimeError as error:
-            raise _explained(error, views) from error
+            explained = _explained(error, views[0]._link.slot)
+            if explained is error:
+                raise
+            raise explained from error
         for key, link in links.items():
-            if link.base._version != versions[key]:
+            version, node = before[key]
+            if link.base.grad_fn is not node:  # a parameter, being a leaf, would refuse this
+                link.restore()
+                raise RuntimeError(
+                    f"in-place write to the dense weight of compact parameter {link.slot.name!r} "
+                    "while gradients are recorded; write under torch.no_grad(), as for any "
+                    "parameter"
+                )
+            if link.base._version != version:
                 link.write_back()
-        return _rewrap(result, views, links.values())
+        return _rewrap(result, links.values())
 
 
 def write_dense(slot: Slot, values: Tensor, dense: Tensor) -> None:
@@ -147,7 +152,7 @@ def _unwrap(value: Any, views: list[DenseView]) -> Any:
     return value
 
 
-def _rewrap(result: Any, views: list[DenseView], links: Iterable[Link]) -> Any:
+def _rewrap(result: Any, links: Iterable[Link]) -> Any:
     """``result`` with a view around each tensor that shares memory with a dense weight."""
     if isinstance(result, Tensor) and result.layout == torch.strided:
         storage = result.untyped_storage()._cdata
@@ -155,25 +160,18 @@ def _rewrap(result: Any, views: list[DenseView], links: Iterable[Link]) -> Any:
             if link.base.untyped_storage()._cdata == storage:
                 return DenseView.wrap(result, link, whole=False)
     elif type(result) in (list, tuple):
-        return type(result)(_rewrap(r, views, links) for r in result)
+        return type(result)(_rewrap(r, links) for r in result)
     return result
 
 
-def _explained(error: RuntimeError, views: list[DenseView]) -> RuntimeError:
-    """The operator's error, with what to do where the compact parameter is behind it."""
-    slot = views[0]._link.slot
-    text = str(error)
-    if "modified inplace" in text or "a view and is being modified" in text:
-        return RuntimeError(
-            f"in-place write to the dense weight of compact parameter {slot.name!r} while "
-            f"gradients are recorded; write under torch.no_grad(), as for any parameter ({text})"
-        )
-    if slot.compute_dtype is not None and "dtype" in text:
-        return RuntimeError(
-            f"{text}\nThe weight of {slot.name!r} has compute_dtype {slot.compute_dtype}: run the "
-            "model under torch.autocast, or cast its inputs and unmasked biases to that dtype"
-        )
-    return error
+def _explained(error: RuntimeError, slot: Slot) -> RuntimeError:
+    """The operator's error, with what to do where the weight's dtype is behind it."""
+    if slot.compute_dtype is None or "dtype" not in str(error):
+        return error
+    return RuntimeError(
+        f"{error}\nThe weight of {slot.name!r} has compute_dtype {slot.compute_dtype}: run the "
+        "model under torch.autocast, or cast its inputs and unmasked biases to that dtype"
+    )
 
 
 @contextlib.contextmanager
@@ -269,16 +267,32 @@ def _register_post_hook(view: DenseView, hook: Callable[[Tensor], None]) -> Any:
     )
 
 
-def _grad_fn(view: DenseView) -> Any:
-    """A node always: a dense weight is a function of its values, never a leaf.
+class _Node:
+    """The autograd node of a dense weight.
 
-    ``nn.Module.register_parameter`` refuses it for that, so that no other module takes a dense
-    copy for the parameter; so do optimizers.
+    ``nn.Module.register_parameter`` asks for its truth, to refuse tensors that are not leaves;
+    that is where another module would take the dense weight for a parameter of its own.
     """
-    if view._plain.grad_fn is not None or not view._is_param:
+
+    def __init__(self, node: Any, name: str) -> None:
+        self._node, self._name = node, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+    def __bool__(self) -> bool:
+        raise RuntimeError(
+            f"the dense weight of compact parameter {self._name!r} cannot become a parameter of "
+            "another module (tie_weights, SyncBatchNorm conversion, parametrizations and pruning "
+            "try that): do it before sparse_comm.compact, or after sparse_comm.densify"
+        )
+
+
+def _grad_fn(view: DenseView) -> Any:
+    """A node always: a dense weight is a function of its values, never a leaf."""
+    if not view._is_param:
         return view._plain.grad_fn
-    with torch.enable_grad():
-        return view._link.values.detach().requires_grad_().view(-1).grad_fn
+    return _Node(view._plain.grad_fn, view._link.slot.name)
 
 
 def _read_only_numpy(view: DenseView, *args: Any, **kwargs: Any) -> Any:

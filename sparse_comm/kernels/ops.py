@@ -147,7 +147,7 @@ def refresh_now(
     """Expand ``values`` into ``cache`` if they changed since the last time.
 
     Args:
-        cache: dense tensor of the parameter's shape, contiguous; written.
+        cache: dense tensor of the parameter's shape, of any layout; written.
         values: tensor of shape ``(nnz,)``.
         bitmap: the pattern's.
         offsets: the pattern's.
@@ -160,7 +160,10 @@ def refresh_now(
     if stamp.tolist() == now:
         return
     with torch.no_grad():
-        expand_into(cache, values, bitmap, offsets)
+        if cache.is_contiguous():
+            expand_into(cache, values, bitmap, offsets)
+        else:
+            cache.copy_(_expand(values, bitmap, offsets, cache.shape, cache.dtype))
         stamp.copy_(torch.tensor(now))
     _SEEN[stamp] = values.detach()
 
