@@ -37,14 +37,16 @@ def broadcast_masks(
 
     Raises:
         TypeError: the masks on ``src`` are not a mapping of strings to bool tensors.
-        ValueError: the same, on the other ranks, so that none waits in vain; or this rank is not
-            in the group.
+        ValueError: the same, on the other ranks, so that none waits in vain; or this rank or
+            ``src`` is not in the group.
 
     Source: ours.
     """
     if _world_size(group) == 1:
         patterns_from_masks(masks)  # type: ignore[arg-type]  # refuses None, by name
         return dict(masks)  # type: ignore[arg-type]
+    if src not in (members := dist.get_process_group_ranks(group)):
+        raise ValueError(f"src is global rank {src}, but the group has {_ranks(members)}")
     header: list[Any] = [None]
     bits = torch.empty(0, dtype=torch.uint8)
     failure: Exception | None = None

@@ -94,7 +94,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """What a plain model would have saved: dense weights, zero where pruned, no digests.
 
     Args:
-        model: compact model; under FSDP2 this is a collective, as its values are gathered.
+        model: compact model; under FSDP2 this is a collective, as all parameters are gathered,
+            whole, on every rank.
 
     Returns:
         State dict of new dense tensors in the values' dtype for the compact parameters, and of
@@ -103,6 +104,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     Source: ours.
     """
     state: OrderedDict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            state[name] = value.full_tensor()
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, CompactModule):
             continue
@@ -111,8 +115,6 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
             values = state.get(prefix + name)
             if values is None:
                 continue
-            if isinstance(values, DTensor):
-                values = values.full_tensor()
             with torch.no_grad():
                 pattern = slot.pattern.to(values.device)
                 dense = Slot(slot.name, pattern, "transient", None, slot.memory_format)

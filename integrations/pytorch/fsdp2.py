@@ -1,0 +1,64 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``) over a compact model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+import torch.distributed.fsdp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from sparse_comm import check_masks, summary
+
+__all__ = ["fully_shard"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def fully_shard(
+    module: Module,
+    *,
+    mesh: DeviceMesh | None = None,
+    ignored_params: set[nn.Parameter] | None = None,
+    **options: Any,
+) -> Module:
+    """``torch.distributed.fsdp.fully_shard(module, …)`` for compact modules.
+
+    Besides, it checks that all ranks have the same masks, leaves parameters of which nothing is
+    unpruned out of sharding (FSDP2 crashes on a parameter without entries), and says so if cached
+    weights would keep a dense copy on every rank. Call it on each layer, then on the model.
+
+    Args:
+        module: compact module (or any other).
+        mesh: as in ``fully_shard``; the masks are compared within each of its dimensions.
+        ignored_params: as in ``fully_shard``.
+        **options: of ``fully_shard``.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: the ranks' masks differ; on every rank, naming parameters and ranks.
+
+    Source: ours.
+    """
+    groups: list[dist.ProcessGroup | None] = [None]
+    if mesh is not None:
+        groups = list(mesh.get_all_groups())
+    for group in groups:
+        check_masks(module, group)
+    cached = [row.name for row in summary(module).rows if row.state == "cached"]
+    if cached:
+        warnings.warn(
+            f"weights='cached' keeps a dense copy of {cached[0]!r} and {len(cached) - 1} other "
+            "parameters on every rank, unsharded; compact(model, masks, weights='transient') "
+            "keeps none",
+            stacklevel=2,
+        )
+    ignored = set(ignored_params or ())
+    ignored.update(p for p in module.parameters() if p.numel() == 0)
+    return torch.distributed.fsdp.fully_shard(
+        module, mesh=mesh, ignored_params=ignored or None, **options
+    )
