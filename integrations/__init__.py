@@ -1,1 +1,1 @@
-"""Integrations: one room a framework, each importing its framework only when it is itself imported."""
+"""One room a framework; each imports its framework only when it is itself imported."""

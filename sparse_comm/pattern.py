@@ -46,6 +46,12 @@ class SparsityPattern:
     Source: ours (SAMO keeps an int32 index a layer: Singh & Bhatele, IPDPS 2023, section III).
     """
 
+    bitmap: Tensor
+    offsets: Tensor
+    shape: torch.Size
+    nnz: int
+    numel: int
+
     def __init__(self, mask: Tensor) -> None:
         if not isinstance(mask, Tensor):
             raise TypeError(
@@ -193,7 +199,7 @@ class SparsityPattern:
     def _digest(self) -> str:
         hashed = hashlib.blake2b(digest_size=16)
         hashed.update(f"sparse_comm pattern 1 {tuple(self.shape)}\n".encode())
-        hashed.update(self.bitmap.cpu().numpy())
+        hashed.update(self.bitmap.cpu().numpy().data)
         return hashed.hexdigest()
 
     def digest(self) -> str:

@@ -59,6 +59,5 @@ def fully_shard(
         )
     ignored = set(ignored_params or ())
     ignored.update(p for p in module.parameters() if p.numel() == 0)
-    return torch.distributed.fsdp.fully_shard(
-        module, mesh=mesh, ignored_params=ignored or None, **options
-    )
+    torch.distributed.fsdp.fully_shard(module, mesh=mesh, ignored_params=ignored or None, **options)
+    return module

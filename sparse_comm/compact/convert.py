@@ -130,9 +130,9 @@ def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
         check_optimizer(optimizer, list(changes.values()))
     for _, module, attribute, _ in list(compact_slots(model)):
         module._parameters[attribute] = changes[id(module._parameters[attribute])].new
-    for module in list(model.modules()):
-        if isinstance(module, CompactModule):
-            become_plain(module)
+    for part in list(model.modules()):
+        if isinstance(part, CompactModule):
+            become_plain(part)
     replaced(list(changes.values()))
     if optimizer is not None:
         carry_over(optimizer, list(changes.values()))

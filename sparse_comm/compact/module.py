@@ -6,7 +6,6 @@ own name; a property of that name gives the dense weight, so ``forward`` finds w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +142,8 @@ class CompactModule(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (cls, *rest), *state = super().__reduce_ex__(max(int(protocol), 2))
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        _, (cls, *rest), *state = reduced
         assert cls is type(self), f"{cls.__name__} pickles in a way of its own"
         return (_rebuild, (plain_class(cls), tuple(self._compact), *rest), *state)
 
@@ -183,20 +183,24 @@ class _CompactPretrained:
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-@functools.cache
+_subclasses: dict[type[nn.Module], type[CompactModule]] = {}
+
+
 def _subclass(base: type[nn.Module]) -> type[CompactModule]:
     """One subclass a base class, so that compiled code is shared; it keeps the base's name."""
-    extra: tuple[type, ...] = ()
-    if issubclass(base, nn.RNNBase):
-        extra += (_CompactRNN,)
-    if hasattr(base, "save_pretrained"):
-        extra += (_CompactPretrained,)
-    names = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (*extra, CompactModule, base), names)
+    if base not in _subclasses:
+        extra: tuple[type, ...] = ()
+        if issubclass(base, nn.RNNBase):
+            extra += (_CompactRNN,)
+        if hasattr(base, "save_pretrained"):
+            extra += (_CompactPretrained,)
+        names = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        _subclasses[base] = type(base.__name__, (*extra, CompactModule, base), names)
+    return _subclasses[base]
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -75,7 +75,7 @@ def expand_again_in_backward(weights: Sequence[tuple[Slot, Tensor, Tensor]]) -> 
 
     Source: ours; SAMO keeps every dense weight (2 bytes a parameter).
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         # torch.func transforms allow no hooks: the dense weight is saved, as without us.
         return torch.enable_grad()
     weights_ = [_Dense(*weight) for weight in weights]

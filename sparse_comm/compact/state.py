@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -103,7 +102,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Source: ours.
     """
-    state: OrderedDict[str, Any] = model.state_dict()
+    state: dict[str, Any] = model.state_dict()
     for name, value in state.items():
         if isinstance(value, DTensor):
             state[name] = value.full_tensor()

@@ -31,6 +31,7 @@ def parameter_places(model: nn.Module) -> dict[int, list[Place]]:
 
 
 def check_model(model: Any, weights: Any, compute_dtype: Any) -> None:
+    """Refuse arguments of ``compact`` that do not depend on the masks."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if weights not in MODES:
@@ -79,6 +80,7 @@ def choose(
 
 
 def pattern_for(name: str, mask: Tensor | SparsityPattern, shape: torch.Size) -> SparsityPattern:
+    """The pattern of a mask or pattern that fits parameter ``name`` of ``shape``."""
     if not isinstance(mask, SparsityPattern):
         validate_mask(name, mask, torch.empty(shape, device="meta"))
         return SparsityPattern(mask)
@@ -137,6 +139,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def unknown_name(name: str, known: list[str], what: str) -> str:
+    """Message for a mask whose name is not among ``known``, with the nearest that is."""
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the model has {', '.join(known[:4])}, …"
     return f"mask for {name!r}: the model has no {what} of that name; {hint}"

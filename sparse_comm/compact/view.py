@@ -312,16 +312,17 @@ def _refuse_set(view: DenseView, *_: Any, **__: Any) -> Any:
     )
 
 
+_T: Any = Tensor  # whose getters and setters type checkers do not know
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
-    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    Tensor.grad.__get__: _get_grad,  # type: ignore[attr-defined]
-    Tensor.grad.__set__: _set_grad,  # type: ignore[attr-defined]
-    Tensor.grad.__delete__: lambda view: _set_grad(view, None),  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__: _get_requires_grad,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__: lambda v: v._plain.is_leaf and not v._is_param,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[attr-defined]
+    _T.data.__get__: _get_data,
+    _T.data.__set__: _set_data,
+    _T.grad.__get__: _get_grad,
+    _T.grad.__set__: _set_grad,
+    _T.grad.__delete__: lambda view: _set_grad(view, None),
+    _T.requires_grad.__get__: _get_requires_grad,
+    _T.requires_grad.__set__: _set_requires_grad,
+    _T.is_leaf.__get__: lambda v: v._plain.is_leaf and not v._is_param,
+    _T.grad_fn.__get__: _grad_fn,
     Tensor.requires_grad_: _requires_grad_,
     Tensor.retain_grad: lambda view: None,  # values, being a leaf, keep their gradient anyway
     Tensor.register_hook: _register_hook,
