@@ -19,8 +19,8 @@ from sparse_comm.compact.module import (
     memory_format_of,
 )
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
-from sparse_comm.compact.slot import MARK, DTensor, Mode, Slot, mark
-from sparse_comm.compact.validate import check_model, choose, parameter_places
+from sparse_comm.compact.slot import MARK, DTensor, Mode, Slot
+from sparse_comm.compact.validate import check_model, check_unwrapped, choose, parameter_places
 from sparse_comm.pattern import SparsityPattern
 
 __all__ = ["compact", "densify", "is_compact", "like", "masks_of", "values_changed"]
@@ -84,14 +84,17 @@ def compact(
         changes.append(Change(name, old, new, slot.pack))
     if optimizer is not None:
         check_optimizer(optimizer, changes)
-    # Nothing below refuses.
+    # Nothing below refuses. Modules on the way to a compact one check a whole state dict before
+    # torch, which goes down module by module, loads any of it.
     become_compact(model, {})
     for (key, slot), change in zip(slots.items(), changes, strict=True):
         for _, _, module, attribute in places[key]:
             become_compact(module, {attribute: slot})
             module._parameters[attribute] = change.new
         slot.place(change.new)
-        mark(change.new, slot)
+    for module in list(model.modules()):
+        if is_compact(module):
+            become_compact(module, {})
     replaced(changes)
     if optimizer is not None:
         carry_over(optimizer, changes)
@@ -109,8 +112,10 @@ def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
         The same model; unchanged if it is not compact.
 
     Raises:
-        ValueError: the model is sharded (use ``dense_state_dict``), or as ``compact``.
+        ValueError: the model is wrapped, or sharded (use ``dense_state_dict``); an optimizer as in
+            ``compact``.
     """
+    check_unwrapped(model, "densify")
     changes: dict[int, Change] = {}
     for name, module, attribute, slot in compact_slots(model):
         old = module._parameters[attribute]

@@ -6,6 +6,7 @@ own name; a property of that name gives the dense weight, so ``forward`` finds w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,18 +31,26 @@ class CompactModule(nn.Module):
             _check_none_removed(self)
         if isinstance(param, DenseView):
             _tie(self, name, param)
-        elif slot is None or isinstance(param, DTensor):
+        elif slot is None or (
+            isinstance(param, DTensor) and isinstance(self._parameters[name], DTensor)
+        ):
             super().register_parameter(name, param)
+        elif isinstance(param, DTensor):
+            raise RuntimeError(
+                f"cannot shard the 1-D values of compact parameter {slot.name!r} as a matrix "
+                "(tensor-parallel plans try that): leave its module out of the plan. FSDP2 "
+                "(fully_shard) does shard values"
+            )
         elif param is None:
             del self._compact[name]
             super().register_parameter(name, None)
         elif tuple(param.shape) == (slot.pattern.nnz,):
             super().register_parameter(name, param)
             slot.place(param)
-        elif type(param.data) is not Tensor:
+        elif type(param.data) is not Tensor or param.layout != torch.strided:
             raise TypeError(
-                f"cannot assign a {type(param.data).__name__} to compact parameter {slot.name!r}; "
-                "call sparse_comm.densify(model) first"
+                f"cannot assign a {type(param.data).__name__} of layout {param.layout} to compact "
+                f"parameter {slot.name!r}; call sparse_comm.densify(model) first"
             )
         elif param.shape == slot.pattern.shape:
             values = self._parameters[name]
@@ -54,6 +63,14 @@ class CompactModule(nn.Module):
                 f"dense shape {tuple(slot.pattern.shape)} or that of its values "
                 f"({slot.pattern.nnz},)"
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied or unpickled."""
+        super().__setstate__(state)
+        for name, slot in self._compact.items():
+            values = self._parameters[name]
+            assert values is not None
+            mark(values, slot)
 
     def __delattr__(self, name: str) -> None:
         if name in self._compact:
@@ -141,6 +158,13 @@ class CompactModule(nn.Module):
             "or torch.compile, or call sparse_comm.densify(model) first"
         )
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            f"DataParallel cannot replicate compact modules such as this {type(self).__name__}: "
+            "use torch.nn.parallel.DistributedDataParallel, or a single GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _, (cls, *rest), *state = reduced
@@ -208,6 +232,15 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     return cls.__mro__[cls.__mro__.index(CompactModule) + 1]
 
 
+def _plain_again(cls: type) -> type:
+    """``cls`` without us; torch derives from it where other parameters are parametrized."""
+    if CompactModule in cls.__bases__:
+        return plain_class(cls)
+    bases = (_plain_again(b) if issubclass(b, CompactModule) else b for b in cls.__bases__)
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(bases), own)
+
+
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> Any:
     cls = _subclass(base)
     for name in names:
@@ -231,7 +264,7 @@ def become_compact(module: nn.Module, slots: dict[str, Slot]) -> None:
 
 def become_plain(module: CompactModule) -> None:
     """Give ``module`` its own class back."""
-    object.__setattr__(module, "__class__", plain_class(type(module)))
+    object.__setattr__(module, "__class__", _plain_again(type(module)))
     del module.__dict__["_compact"]
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
@@ -243,10 +276,18 @@ def _add_property(cls: type, name: str) -> None:
 
 
 class _Weight(property):
-    """The property that gives a compact parameter's dense weight."""
+    """The property that gives a compact parameter's dense weight.
+
+    It is the class's: of a module of the class that has no such parameter, the attribute is an
+    ordinary one.
+    """
 
     def __init__(self, name: str) -> None:
-        super().__init__(lambda module: weight_of(module, name))
+        super().__init__(
+            lambda module: weight_of(module, name),
+            lambda module, value: module.__dict__.__setitem__(name, value),
+            lambda module: module.__dict__.pop(name),
+        )
 
 
 def weight_of(module: CompactModule, name: str) -> Tensor | None:
@@ -256,6 +297,8 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     DTensor by this way, and the dense weight exists only between its gathering and its release.
     """
     if name not in module._parameters:
+        if name in module.__dict__:
+            return module.__dict__[name]
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
     values = module._parameters[name]
     slot = module._compact.get(name)
@@ -264,7 +307,7 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     if not hasattr(values, MARK) and not torch.compiler.is_compiling():
         mark(values, slot)
     if isinstance(values, DTensor):
-        slot.sharded = True
+        slot.drop_cache()
         return values
     if tuple(values.shape) != (slot.pattern.nnz,):
         if values.shape == slot.pattern.shape:  # functional_call with dense tensors
@@ -276,7 +319,9 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
         or torch._C._are_functorch_transforms_active()
     ):
         return slot.weight(values)
-    return DenseView.of(slot, values)
+    view = DenseView.of(slot, values)
+    _last[module] = name, weakref.ref(view._link), tuple(module._parameters)
+    return view
 
 
 def compact_slots(model: nn.Module) -> Iterator[tuple[str, CompactModule, str, Slot]]:
@@ -319,9 +364,18 @@ def _tie(module: CompactModule, name: str, view: DenseView) -> None:
     nn.Module.register_parameter(module, name, values)  # type: ignore[arg-type]
 
 
+# Of each module: the attribute last asked for, what leads to its values, and the parameters' names.
+_last: weakref.WeakKeyDictionary[CompactModule, Any] = weakref.WeakKeyDictionary()
+
+
 def _check_none_removed(module: CompactModule) -> None:
+    """Refuse the old weight_norm, which takes a parameter out by hand; puts it back."""
     for name, slot in module._compact.items():
         if name not in module._parameters:
+            asked, link, order = _last.get(module, (None, None, ()))
+            if asked == name and link() is not None:
+                found = {**module._parameters, name: link().values}
+                module._parameters = {key: found[key] for key in order}
             raise RuntimeError(
                 f"compact parameter {slot.name!r} was taken out of its module (the old "
                 "torch.nn.utils.weight_norm does so): call sparse_comm.densify(model) before"

@@ -1,7 +1,8 @@
-"""Optimizers over compact parameters: carrying state over, and what is refused.
+"""Optimizers over compact parameters: carrying state over, what is refused, and their writes.
 
 The checks run in a step pre-hook that ``torch.optim`` offers to all optimizers
-(``register_optimizer_step_pre_hook``), once an optimizer and once more when its groups change.
+(``register_optimizer_step_pre_hook``): once an optimizer, and once more when its groups or any
+parameters changed. A post-hook counts each step as a write to the values.
 """
 
 from __future__ import annotations
@@ -15,12 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from sparse_comm.compact.module import compact_slots
 from sparse_comm.compact.slot import MARK
 
-__all__ = ["Change", "carry_over", "check_optimizer", "param_groups", "replaced"]
+__all__ = [
+    "Change",
+    "carry_over",
+    "check_optimizer",
+    "param_groups",
+    "replaced",
+    "watch_optimizers",
+]
 
 NEEDS_MATRICES = ("Adafactor", "Muon")
 
@@ -69,17 +81,17 @@ def carry_over(optimizer: torch.optim.Optimizer, changes: Sequence[Change]) -> N
     """Put the new parameters in the old ones' groups and convert their state."""
     new = {id(change.old): change.new for change in changes}
     for group in optimizer.param_groups:
-        group["params"] = [new.get(id(p), p) for p in group["params"]]
+        # in place: LBFGS keeps the list itself
+        group["params"][:] = [new.get(id(p), p) for p in group["params"]]
     for change in changes:
         state = optimizer.state.pop(change.old, None)
         if state is not None:
             optimizer.state[change.new] = {
                 key: change.convert(value)
-                if isinstance(value, Tensor) and value.shape == change.old.shape
+                if isinstance(value, Tensor) and value.shape == change.old.shape and key != "step"
                 else value
                 for key, value in state.items()
             }
-    _checked.discard(optimizer)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -113,24 +125,36 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 _REPLACED = "_sparse_comm_replaced"  # attribute of a parameter that belongs to no model any more
-_checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# How many parameters each optimizer had when it passed the checks.
+_checked: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 
 
 def replaced(changes: Sequence[Change]) -> None:
     """Remember, for optimizers that hold them, that these parameters train nothing any more."""
     for change in changes:
         setattr(change.old, _REPLACED, change.name)
-    _watch_optimizers()
+    _checked.clear()
 
 
 @functools.cache
-def _watch_optimizers() -> None:
+def watch_optimizers() -> None:
+    """From the first compact parameter of the process on."""
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+@torch.compiler.disable
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused kernels and writes through ``.data`` leave a tensor's version as it was."""
+    list(
+        [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
+    )
 
 
 @torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _checked:
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if _checked.get(optimizer) == count:
         return
     decays = False
     undecayed = None
@@ -155,7 +179,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             "sparse_comm.param_groups(model, weight_decay), or ignore this if it is meant",
             stacklevel=4,
         )
-    _checked.add(optimizer)
+    _checked[optimizer] = count
 
 
 def _refuse_matrix_optimizer(optimizer: torch.optim.Optimizer) -> None:

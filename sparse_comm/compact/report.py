@@ -83,7 +83,7 @@ class Summary:
     @property
     def density(self) -> float:
         """Unpruned entries over all entries, those of unmasked parameters included (f)."""
-        return self._sum("nnz") / max(self._sum("numel"), 1)
+        return self._sum("nnz") / numel if (numel := self._sum("numel")) else 1.0
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "density", "", "param", "grad", "optim", "pattern", "cache")

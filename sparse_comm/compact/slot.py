@@ -52,7 +52,6 @@ class Slot:
         self.memory_format = memory_format
         self.cache: Tensor | None = None
         self.stamp = torch.full((2,), -1, dtype=torch.int64)
-        self.sharded = False
 
     def place(self, values: Tensor) -> None:
         """Follow ``values`` to their device and dtype; the next use expands anew."""
@@ -73,7 +72,16 @@ class Slot:
                         device=values.device,
                         memory_format=self.memory_format,
                     )
+        mark(values, self)
         self.mark_stale()
+
+    def drop_cache(self) -> None:
+        """Expand at each use from now on.
+
+        For sharded values: FSDP2 gathers them into the same memory under the same version, so
+        nothing tells whether a cache is stale, and it would be a whole copy on every rank.
+        """
+        self.cache = None
 
     def mark_stale(self) -> None:
         """Expand at the next use whatever the version of the values says."""
@@ -97,7 +105,7 @@ class Slot:
 
     def weight(self, values: Tensor) -> Tensor:
         """The dense weight for a forward pass, with ``values`` in its autograd graph."""
-        if self.mode == "cached" and self.cache is not None and _is_own(values):
+        if self.cache is not None and _is_own(values):
             return self._cached(values)
         if self.pattern.device != values.device and not values.is_meta:
             self.pattern = self.pattern.to(values.device)
@@ -118,8 +126,6 @@ class Slot:
                 self.place(values)
                 cache, pattern = self.cache, self.pattern
                 assert cache is not None
-            if self.sharded:  # FSDP2 gathers into the same memory without a new version
-                self.mark_stale()
             if not values.is_meta:
                 ops.refresh_now(cache, values, pattern.bitmap, pattern.offsets, self.stamp)
         if torch.is_grad_enabled() and values.requires_grad:
@@ -162,12 +168,15 @@ class Slot:
             )
 
 
-# Attribute by which an optimizer's first step knows whose values it was given.
+# Attribute by which the hooks on optimizers know values, and whose they are.
 MARK = "_sparse_comm"
 
 
 def mark(values: Tensor, slot: Slot) -> None:
     """Note on the values the name of their parameter and its number of dimensions."""
+    from sparse_comm.compact.optimizer import watch_optimizers
+
+    watch_optimizers()
     setattr(values, MARK, (slot.name, len(slot.pattern.shape)))
 
 

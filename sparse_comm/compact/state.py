@@ -60,7 +60,7 @@ def check_state(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
     if problems:
         more = f"\n\t… and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise RuntimeError(
-            "state dict does not fit the compact model; nothing was loaded:\n\t"
+            "state dict does not fit the compact model; nothing was loaded into it:\n\t"
             + "\n\t".join(problems[:8])
             + more
         )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sparse_comm.compact.convert import like
 from sparse_comm.compact.module import CompactModule
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
-from sparse_comm.compact.slot import Slot, mark
-from sparse_comm.compact.validate import pattern_for, unknown_name
+from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.validate import check_unwrapped, pattern_for, unknown_name
 from sparse_comm.pattern import SparsityPattern
 
 __all__ = ["update_masks"]
@@ -36,8 +36,13 @@ def update_masks(
         optimizer: built on the values: groups and state are carried over.
 
     Raises:
-        ValueError: a name is not that of a compact parameter, a shape is wrong, or as ``compact``.
+        ValueError: a name is not that of a compact parameter, a shape is wrong, the model is
+            wrapped or sharded, or as ``compact``. The model is left as it was.
+        TypeError: as ``compact``.
     """
+    check_unwrapped(model, "update_masks")
+    if not isinstance(new_masks, Mapping):
+        raise TypeError(f"masks must be a dict of name to mask, got {type(new_masks).__name__}")
     slots = {
         name: (module, attribute, slot) for name, module, attribute, slot in _slots_by_name(model)
     }
@@ -49,9 +54,17 @@ def update_masks(
         module, attribute, slot = slots[name]
         old = module._parameters[attribute]
         assert old is not None
+        if isinstance(old, DTensor):
+            raise ValueError(
+                f"parameter {name!r} is sharded; update its mask before fully_shard, on a model "
+                "that loads sparse_comm.dense_state_dict(model)"
+            )
         pattern = pattern_for(name, mask, slot.pattern.shape).to(old.device)
         if patterns.setdefault(id(slot), pattern) != pattern:
-            raise ValueError(f"tied parameter {name!r} has two different masks")
+            raise ValueError(
+                f"tied parameter {name!r} has two different masks: give one mask, or the same for "
+                "all its names"
+            )
         if id(slot) in changes:
             continue
         target = Slot(slot.name, pattern, "transient", None)
@@ -73,7 +86,6 @@ def update_masks(
     for key, (slot, change) in changes.items():
         slot.pattern = patterns[key]
         slot.place(change.new)
-        mark(change.new, slot)
     replaced([change for _, change in changes.values()])
     return model
 

@@ -14,7 +14,14 @@ from sparse_comm.compact.slot import MODES, DTensor
 from sparse_comm.masks import validate_mask
 from sparse_comm.pattern import SparsityPattern
 
-__all__ = ["check_model", "choose", "parameter_places", "pattern_for", "unknown_name"]
+__all__ = [
+    "check_model",
+    "check_unwrapped",
+    "choose",
+    "parameter_places",
+    "pattern_for",
+    "unknown_name",
+]
 
 Place = tuple[str, nn.Parameter, nn.Module, str]
 
@@ -32,24 +39,31 @@ def parameter_places(model: nn.Module) -> dict[int, list[Place]]:
 
 def check_model(model: Any, weights: Any, compute_dtype: Any) -> None:
     """Refuse arguments of ``compact`` that do not depend on the masks."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_unwrapped(model, "compact")
     if weights not in MODES:
         raise ValueError(f"weights must be one of {MODES}, got {weights!r}")
     if compute_dtype is not None and not (
         isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point
     ):
         raise TypeError(f"compute_dtype must be a floating torch.dtype, got {compute_dtype!r}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(
-            f"compact the model before wrapping it: {type(model).__name__}(compact(model, masks))"
-        )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("a ScriptModule cannot be compact; compact the eager model")
     if next(compact_slots(model), None) is not None:
         raise ValueError(
             "the model is compact already; use sparse_comm.update_masks(model, masks) to change "
             "its masks, or sparse_comm.densify(model) first"
+        )
+
+
+def check_unwrapped(model: Any, what: str) -> None:
+    """Refuse what is no module, and wrappers, which would go on with the parameters replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        wrapper = type(model).__name__
+        raise ValueError(
+            f"call {what} on the model before wrapping it, {wrapper}({what}(model, …)): a wrapper "
+            "goes on with the parameters that it was given"
         )
 
 
@@ -100,16 +114,19 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
             "tensor-parallel plan"
         )
     if parameter.layout != torch.strided:
-        raise ValueError(f"parameter {name!r} has layout {parameter.layout}, expected a dense one")
+        raise ValueError(
+            f"parameter {name!r} has layout {parameter.layout}, expected torch.strided: convert it "
+            "with to_dense(), its zeros as the mask, or leave it out of the masks"
+        )
     if parameter.is_quantized or not parameter.is_floating_point():
         raise TypeError(
             f"parameter {name!r} has dtype {parameter.dtype}: only real floating parameters can "
-            "be compact (not complex, integer or quantised ones)"
+            "be compact (not complex, integer or quantised ones); leave it out of the masks"
         )
     if type(parameter.data) is not Tensor:
         raise TypeError(
             f"parameter {name!r} is a {type(parameter.data).__name__}: only ordinary tensors can "
-            "be compact"
+            "be compact; leave it out of the masks"
         )
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         raise ValueError(
@@ -120,6 +137,11 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
 
 
 def _check_module(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"parameter {name!r} belongs to a ScriptModule, which cannot be compact: use the eager "
+            "module, or leave it dense"
+        )
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         raise ValueError(
             f"parameter {name!r} is behind a parametrization: call torch.nn.utils.parametrize."

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,10 +26,16 @@ __all__ = ["DenseView", "warn_dropped", "write_dense"]
 class Link:
     """The tensor of values behind a dense tensor: the parameter's values, or their gradient."""
 
-    __slots__ = ("base", "slot", "values")
+    __slots__ = ("__weakref__", "base", "slot", "values", "version")
 
     def __init__(self, slot: Slot, values: Tensor, base: Tensor) -> None:
         self.slot, self.values, self.base = slot, values, base
+        self.version = _version(values)  # that the dense tensor was made from
+
+    def follow(self) -> None:
+        """Bring the dense tensor up to date, if it was kept while the values changed."""
+        if _version(self.values) != self.version and self.values.untyped_storage().nbytes():
+            self.restore()
 
     def write_back(self) -> None:
         """Pack what was written to the dense tensor, and zero its pruned entries again."""
@@ -40,6 +46,7 @@ class Link:
         """Make the dense tensor equal to the values."""
         with torch.no_grad():
             self.base.detach().copy_(self.slot.expand(self.values.detach(), self.base.dtype))
+        self.version = _version(self.values)
         self.slot.mark_stale()
 
 
@@ -54,7 +61,7 @@ class DenseView(torch.Tensor):
     def wrap(plain: Tensor, link: Link, whole: bool) -> DenseView:
         """Around ``plain``, which is the link's base (``whole``) or a view of it."""
         view = plain.as_subclass(DenseView)
-        view._plain, view._link, view._is_param = plain, link, whole
+        view.__dict__.update(_plain=plain, _link=link, _is_param=whole)
         return view
 
     @classmethod
@@ -63,7 +70,37 @@ class DenseView(torch.Tensor):
         # A normal tensor even under inference_mode: only those count their versions.
         with _normal_tensors():
             plain = slot.weight(values)
+            if values.requires_grad and plain.grad_fn is None:
+                plain.requires_grad_()  # under no_grad too: matmul chooses its kernel by it
         return cls.wrap(plain, Link(slot, values, plain), whole=True)
+
+    def current(self) -> Tensor:
+        """The plain tensor for an operator to read or write, up to date with the values."""
+        if not torch.is_grad_enabled():
+            plain = self._plain.detach()
+            return plain.requires_grad_(self._plain.requires_grad)
+        link = self._link
+        if self._is_param and link.values.requires_grad and self._plain.grad_fn is None:
+            # made under no_grad, or before the values were trained, and kept
+            plain = link.slot.weight(link.values)
+            self.__dict__.update(_plain=plain, _link=Link(link.slot, link.values, plain))
+        return self._plain
+
+    def __getattr__(self, name: str) -> Any:
+        """What users and frameworks noted on the parameter (``allreduce``, ``is_expert``, …)."""
+        link = self.__dict__.get("_link")
+        if link is not None and self._is_param and name in link.values.__dict__:
+            return link.values.__dict__[name]
+        raise AttributeError(f"'Parameter' object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a note on the parameter, which this object would not outlive
+        own = hasattr(Tensor, name) or not self._is_param
+        object.__setattr__(self if own else self._link.values, name, value)
+
+    def set_(self, *_: Any, **__: Any) -> Any:
+        """Refused. PyTorch asks no subclass about it."""
+        _refuse(self, "set_()")
 
     @classmethod
     def __torch_function__(
@@ -76,10 +113,14 @@ class DenseView(torch.Tensor):
         special = _SPECIAL.get(func)
         if special is not None and args and isinstance(args[0], DenseView):
             return special(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            return _autograd_grad(*args, **(kwargs or {}))
         views: list[DenseView] = []
         args = _unwrap(args, views)
         kwargs = _unwrap(kwargs or {}, views)
         links = {id(v._link): v._link for v in views}
+        for link in links.values():
+            link.follow()
         before = {key: (link.base._version, link.base.grad_fn) for key, link in links.items()}
         transient = [link for link in links.values() if link.slot.mode == "transient"]
         try:
@@ -144,7 +185,7 @@ def _unwrap(value: Any, views: list[DenseView]) -> Any:
     """``value`` with plain tensors in place of the views, which are collected."""
     if isinstance(value, DenseView):
         views.append(value)
-        return value._plain if torch.is_grad_enabled() else value._plain.detach()
+        return value.current()
     if type(value) in (list, tuple):
         return type(value)(_unwrap(v, views) for v in value)
     if type(value) is dict:
@@ -174,6 +215,10 @@ def _explained(error: RuntimeError, slot: Slot) -> RuntimeError:
     )
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextlib.contextmanager
 def _normal_tensors() -> Any:
     if torch.is_inference_mode_enabled():
@@ -190,7 +235,8 @@ def _of_parameter(view: DenseView, what: str) -> Link:
     if not view._is_param:
         raise RuntimeError(
             f"{what} of a view of the dense weight of compact parameter {view._link.slot.name!r}: "
-            "use it on the module's attribute itself, or on a clone()"
+            "use it on the module's attribute itself, or on a clone(); for tools that make a new "
+            "parameter of it (parametrizations), call sparse_comm.densify(model) first"
         )
     return view._link
 
@@ -245,6 +291,29 @@ def _requires_grad_(view: DenseView, requires_grad: bool = True) -> DenseView:
 
 def _set_requires_grad(view: DenseView, requires_grad: bool) -> None:
     _requires_grad_(view, requires_grad)
+
+
+def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a weight, by way of its values: at each use of a module it is another tensor."""
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    links = [x._link if isinstance(x, DenseView) and x._is_param else None for x in inputs]
+    inputs = [x if link is None else link.values for x, link in zip(inputs, links, strict=True)]
+    rest = _unwrap([outputs, inputs, *args], []), _unwrap(kwargs, [])
+    grads = torch.autograd.grad(*rest[0], **rest[1])
+    return tuple(
+        grad if link is None or grad is None else link.slot.expand(grad)
+        for grad, link in zip(grads, links, strict=True)
+    )
+
+
+def _retains_grad(view: DenseView) -> bool:
+    """An optimizer asks, of tensors that are not leaves."""
+    if not view._is_param:
+        return view._plain.retains_grad
+    raise ValueError(
+        f"the dense weight of compact parameter {view._link.slot.name!r} is not a leaf, so an "
+        "optimizer cannot hold it: give the optimizer the values, from model.parameters()"
+    )
 
 
 def _register_hook(view: DenseView, hook: Callable[[Tensor], Tensor | None]) -> Any:
@@ -305,11 +374,23 @@ def _plain_copy(view: DenseView, *_: Any) -> Tensor:
     return view._plain.detach().clone()
 
 
-def _refuse_set(view: DenseView, *_: Any, **__: Any) -> Any:
+def _refuse(view: DenseView, what: str) -> NoReturn:
     raise RuntimeError(
-        f"set_() on the dense weight of compact parameter {view._link.slot.name!r} would have no "
-        "effect on it; copy into it under torch.no_grad()"
+        f"{what} on the dense weight of compact parameter {view._link.slot.name!r} would have no "
+        "effect on it: copy into it under torch.no_grad(); for tools that replace it "
+        "(parametrizations), call sparse_comm.densify(model) first"
     )
+
+
+def _refuse_of_parameter(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For methods that change shape or strides in place."""
+
+    def special(view: DenseView, *args: Any, **kwargs: Any) -> Any:
+        if view._is_param:
+            _refuse(view, f"{function.__name__}()")
+        return _rewrap(function(view.current(), *args, **kwargs), [view._link])
+
+    return special
 
 
 _T: Any = Tensor  # whose getters and setters type checkers do not know
@@ -330,5 +411,10 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.numpy: _read_only_numpy,
     Tensor.__deepcopy__: _plain_copy,
     Tensor.__reduce_ex__: lambda view, protocol: _plain_copy(view).__reduce_ex__(protocol),
-    Tensor.set_: _refuse_set,
+    Tensor.retains_grad.__get__: _retains_grad,  # type: ignore[attr-defined]
 }
+for _name in (
+    *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"),
+    *("as_strided_", "resize_", "resize_as_"),
+):
+    _SPECIAL[getattr(Tensor, _name)] = _refuse_of_parameter(getattr(Tensor, _name))

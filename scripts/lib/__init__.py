@@ -1,0 +1,1 @@
+"""What the scripts share: a model, a text, measuring, launching ranks, reporting."""
