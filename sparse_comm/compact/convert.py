@@ -19,7 +19,7 @@ from sparse_comm.compact.module import (
     memory_format_of,
 )
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
-from sparse_comm.compact.slot import MARK, DTensor, Mode, Slot
+from sparse_comm.compact.slot import MARK, Mode, Slot, is_sharded
 from sparse_comm.compact.validate import check_model, check_unwrapped, choose, parameter_places
 from sparse_comm.pattern import SparsityPattern
 
@@ -120,7 +120,7 @@ def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
     for name, module, attribute, slot in compact_slots(model):
         old = module._parameters[attribute]
         assert old is not None
-        if isinstance(old, DTensor):
+        if is_sharded(old):
             raise ValueError(
                 f"parameter {name!r} is sharded; densify the model before fully_shard, or use "
                 "sparse_comm.dense_state_dict(model)"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_comm.compact.slot import MARK, DTensor, Slot, mark
+from sparse_comm.compact.slot import MARK, Slot, is_sharded, mark
 from sparse_comm.compact.view import DenseView, write_dense
 
 __all__ = ["CompactModule", "become_compact", "become_plain", "compact_slots", "weight_of"]
@@ -31,11 +31,9 @@ class CompactModule(nn.Module):
             _check_none_removed(self)
         if isinstance(param, DenseView):
             _tie(self, name, param)
-        elif slot is None or (
-            isinstance(param, DTensor) and isinstance(self._parameters[name], DTensor)
-        ):
+        elif slot is None or (is_sharded(param) and is_sharded(self._parameters[name])):
             super().register_parameter(name, param)
-        elif isinstance(param, DTensor):
+        elif is_sharded(param):
             raise RuntimeError(
                 f"cannot shard the 1-D values of compact parameter {slot.name!r} as a matrix "
                 "(tensor-parallel plans try that): leave its module out of the plan. FSDP2 "
@@ -206,6 +204,23 @@ class _CompactPretrained:
             kwargs["state_dict"] = dense_state_dict(self)  # type: ignore[arg-type]
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Refused for compact embeddings and heads: the new rows would have no mask."""
+        model: Any = self
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if isinstance(module, CompactModule) and "weight" in module._compact:
+                slot = module._compact["weight"]
+                if args or kwargs or new_num_tokens not in (None, slot.pattern.shape[0]):
+                    raise RuntimeError(
+                        f"cannot resize compact parameter {slot.name!r}: call sparse_comm."
+                        "densify(model) first, resize, and compact with masks of the new shape"
+                    )
+        return super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, *args, **kwargs
+        )
+
 
 _subclasses: dict[type[nn.Module], type[CompactModule]] = {}
 
@@ -304,12 +319,17 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     slot = module._compact.get(name)
     if slot is None or values is None:
         return values
-    if not hasattr(values, MARK) and not torch.compiler.is_compiling():
-        mark(values, slot)
-    if isinstance(values, DTensor):
+    if torch.compiler.is_compiling():
+        # no look at the mark or at nnz: compiled code would be of one parameter or one nnz only
+        fits = values.dim() == 1 if len(slot.pattern.shape) != 1 else _fits(values, slot)
+    else:
+        fits = _fits(values, slot)
+        if not hasattr(values, MARK):
+            mark(values, slot)
+    if is_sharded(values):
         slot.drop_cache()
         return values
-    if tuple(values.shape) != (slot.pattern.nnz,):
+    if not fits:
         if values.shape == slot.pattern.shape:  # functional_call with dense tensors
             return slot.expand(slot.pack(values))
         return values  # partitioned by a framework, which holds no data here
@@ -322,6 +342,10 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     view = DenseView.of(slot, values)
     _last[module] = name, weakref.ref(view._link), tuple(module._parameters)
     return view
+
+
+def _fits(values: Tensor, slot: Slot) -> bool:
+    return tuple(values.shape) == (slot.pattern.nnz,)
 
 
 def compact_slots(model: nn.Module) -> Iterator[tuple[str, CompactModule, str, Slot]]:

@@ -138,20 +138,23 @@ def replaced(changes: Sequence[Change]) -> None:
 
 @functools.cache
 def watch_optimizers() -> None:
-    """From the first compact parameter of the process on."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    """From the first compact parameter of the process on.
+
+    The hooks run outside compiled code: there, fused kernels would leave the version alone, too.
+    (``disable`` imports the compiler, a second; so does building an optimizer, but not importing
+    this package.)
+    """
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
 
-@torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Fused kernels and writes through ``.data`` leave a tensor's version as it was."""
-    list(
+    increment_version(
         [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
     )
 
 
-@torch.compiler.disable
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if _checked.get(optimizer) == count:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_comm.compact.module import compact_slots
-from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.slot import Slot, is_sharded
 
 __all__ = ["Row", "Summary", "summary"]
 
@@ -162,7 +163,8 @@ def _why_dense(parameter: nn.Parameter) -> str:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+    local: Any = tensor
+    return local.to_local().nbytes if is_sharded(tensor) else tensor.nbytes
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparse_comm.kernels import ops
 from sparse_comm.pattern import SparsityPattern
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor
-else:  # a build of torch without distributed has no sharded parameters
-
-    class DTensor:  # type: ignore[no-redef]
-        """Nothing is an instance of it."""
-
-
-__all__ = ["MARK", "MODES", "DTensor", "Mode", "Slot", "mark"]
+__all__ = ["MARK", "MODES", "Mode", "Slot", "is_sharded", "mark"]
 
 Mode = Literal["cached", "transient"]
 MODES: tuple[Mode, ...] = ("cached", "transient")
@@ -56,7 +47,7 @@ class Slot:
     def place(self, values: Tensor) -> None:
         """Follow ``values`` to their device and dtype; the next use expands anew."""
         self.pattern = self.pattern.to(values.device)
-        if self.mode == "cached" and not isinstance(values, DTensor):
+        if self.mode == "cached" and not is_sharded(values):
             dtype = self.compute_dtype or values.dtype
             cache = self.cache
             if (
@@ -168,6 +159,20 @@ class Slot:
             )
 
 
+_ORDINARY = (type(None), Tensor, torch.nn.Parameter)
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether ``tensor`` is a DTensor, as FSDP2 and tensor parallelism put in a parameter's place.
+
+    Ordinary tensors are told without importing DTensor, which takes half a second.
+    """
+    if type(tensor) in _ORDINARY or not torch.distributed.is_available():
+        return False
+
+    return isinstance(tensor, DTensor)
+
+
 # Attribute by which the hooks on optimizers know values, and whose they are.
 MARK = "_sparse_comm"
 
@@ -188,14 +193,14 @@ class _Cached(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, cache: Tensor, pattern: SparsityPattern) -> Tensor:
-        ctx.pattern, ctx.dtype = pattern, values.dtype
+        ctx.pattern, ctx.nnz, ctx.dtype = pattern, values.shape[0], values.dtype
         return cache.detach()  # not a view in autograd's eyes: writes are the DenseView's business
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         pattern = ctx.pattern
         return (
-            ops.pack(grad, pattern.bitmap, pattern.offsets, pattern.nnz, ctx.dtype),
+            ops.pack(grad, pattern.bitmap, pattern.offsets, ctx.nnz, ctx.dtype),
             None,
             None,
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sparse_comm.compact.module import CompactModule, compact_slots
-from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.slot import Slot, is_sharded
 from sparse_comm.compact.view import warn_dropped
 from sparse_comm.mask_sync import compare_digests
 
@@ -104,7 +104,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     state: dict[str, Any] = model.state_dict()
     for name, value in state.items():
-        if isinstance(value, DTensor):
+        if is_sharded(value):
             state[name] = value.full_tensor()
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, CompactModule):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_comm.compact.convert import like
 from sparse_comm.compact.module import CompactModule
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
-from sparse_comm.compact.slot import DTensor, Slot
+from sparse_comm.compact.slot import Slot, is_sharded
 from sparse_comm.compact.validate import check_unwrapped, pattern_for, unknown_name
 from sparse_comm.pattern import SparsityPattern
 
@@ -54,7 +54,7 @@ def update_masks(
         module, attribute, slot = slots[name]
         old = module._parameters[attribute]
         assert old is not None
-        if isinstance(old, DTensor):
+        if is_sharded(old):
             raise ValueError(
                 f"parameter {name!r} is sharded; update its mask before fully_shard, on a model "
                 "that loads sparse_comm.dense_state_dict(model)"

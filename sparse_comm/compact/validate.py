@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_comm.compact.module import compact_slots
-from sparse_comm.compact.slot import MODES, DTensor
+from sparse_comm.compact.slot import MODES, is_sharded
 from sparse_comm.masks import validate_mask
 from sparse_comm.pattern import SparsityPattern
 
@@ -108,7 +108,7 @@ def pattern_for(name: str, mask: Tensor | SparsityPattern, shape: torch.Size) ->
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"parameter {name!r} is lazy and has no shape yet: run a forward first")
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
         raise ValueError(
             f"parameter {name!r} is a DTensor: call compact(model, masks) before fully_shard or a "
             "tensor-parallel plan"

@@ -252,7 +252,8 @@ def _set_data(view: DenseView, dense: Tensor) -> None:
     if plain.shape != link.slot.pattern.shape:
         raise ValueError(
             f"data for compact parameter {link.slot.name!r} has shape {tuple(plain.shape)}, "
-            f"expected the dense shape {tuple(link.slot.pattern.shape)}"
+            f"expected the dense shape {tuple(link.slot.pattern.shape)}; to change its shape, call "
+            "sparse_comm.densify(model) first"
         )
     write_dense(link.slot, link.values, plain)
 
