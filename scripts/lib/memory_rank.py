@@ -54,9 +54,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     return {
         "resident": resident,
         "counted": counted.total_bytes,
-        "parameters": sum(row.numel for row in counted.rows)
-        if not job["wrap"] == "fsdp2" or job["weights"] != "dense"
-        else 0,
+        "parameters": sum(row.numel for row in counted.rows),
         "unpruned": sum(row.nnz for row in counted.rows),
     }
 

@@ -169,6 +169,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
     """
     if type(tensor) in _ORDINARY or not torch.distributed.is_available():
         return False
+    from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
