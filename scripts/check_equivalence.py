@@ -7,28 +7,26 @@ fp32 and in several kinds of bf16. Ends with status 1 if anything is not as expe
 """
 
 import argparse
-import json
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from lib import results
-from lib.equivalence_rank import BATCH, CONTEXT, LAYERS, LR, WIDTH, Case, Job, Layout
-from lib.launch import RankFailed, run_ranks, stop_on_signals
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lib import results
+from lib.equivalence_rank import BATCH, CONTEXT, LAYERS, LR, WIDTH, Case, Job, Layout, Mode
+from lib.job import add_bar, progress_bars, run_job
+from lib.launch import RankFailed, stop_on_signals
 
 FP32_LOSS_LIMIT = 1e-5  # where roundings may differ: fused kernels, another order of additions
 BF16_LOSS_LIMIT = 5e-3
 FUSED_ULPS = 1  # in one step, of weights that it moves by less than a quarter of their size
 FUSED_ULPS_ANY = 8  # of the others: the update's last bit is worth several of theirs
 
-MODES = ("cached", "transient")
+MODES: tuple[Mode, ...] = ("cached", "transient")
 IMPLEMENTATIONS = ("AdamW single", "AdamW foreach", "AdamW fused")
-FP32 = tuple(Case(*pair) for pair in product(MODES, IMPLEMENTATIONS))
+FP32 = tuple(Case(mode, optimizer) for mode, optimizer in product(MODES, IMPLEMENTATIONS))
 
 
 def bf16(optimizers: tuple[str, ...], precisions: tuple[str, ...]) -> tuple[Case, ...]:
@@ -51,8 +49,7 @@ LAYOUTS: dict[str, tuple[Layout, tuple[Case, ...]]] = {
     ),
     "FSDP2, 2 ranks": (
         Layout("fsdp2", 2),
-        FP32
-        + bf16(("AdamW foreach",), ("policy bf16", "policy bf16, reduce fp32", "bf16 values")),
+        FP32 + bf16(("AdamW foreach",), ("policy bf16", "policy bf16, reduce fp32", "bf16 values")),
     ),
     "DDP, 3 ranks": (Layout("ddp", 3), FP32),
     "FSDP2, 3 ranks": (Layout("fsdp2", 3), FP32),
@@ -139,33 +136,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_all(options: argparse.Namespace, console: Console) -> list[Row]:
-    progress = Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
     rows = []
-    with progress:
+    with progress_bars(console) as progress:
         for name, (layout, cases) in LAYOUTS.items():
-            job = Job(layout, cases, options.steps, options.density, options.seed)
-            bar = progress.add_task(name, total=len(cases))
-            ranks = launch(job, lambda _, bar=bar: progress.advance(bar))
+            job = asdict(Job(layout, cases, options.steps, options.density, options.seed))
+            on_progress = add_bar(progress, name, total=len(cases))
+            ranks = run_job("lib.equivalence_rank", job, layout.ranks, on_progress)
             for index, case in enumerate(cases):
-                rows.append(row_of(name, layout, case, [r["cases"][index] for r in ranks]))
+                rows.append(row_of(name, layout, case, [rank["cases"][index] for rank in ranks]))
     return rows
-
-
-def launch(job: Job, on_progress: Callable[[dict], None]) -> list[dict]:
-    with tempfile.TemporaryDirectory(prefix="equivalence-") as folder:
-        workdir = Path(folder)
-        job_file = workdir / "job.json"
-        job_file.write_text(json.dumps(asdict(job)))
-        prefixes: list[list[str]] = [[]] * job.layout.ranks
-        return run_ranks(
-            "lib.equivalence_rank", [str(job_file)], prefixes, "lo", workdir, on_progress
-        )
 
 
 def row_of(name: str, layout: Layout, case: Case, ranks: list[dict]) -> Row:
@@ -224,11 +203,11 @@ def judge(layout: Layout, case: Case, facts: dict) -> tuple[str, bool]:
 
 
 def write(rows: list[Row], options: argparse.Namespace, origin: dict[str, str]) -> None:
-    head = ("layout", "weights", "optimizer", "precision", "expected", "as expected", "losses")
-    head += ("largest \\|Δloss\\|", "weights", "largest \\|Δw\\|", "in ulps", "pruned weights ≠ 0")
+    head = ["layout", "weights", "optimizer", "precision", "expected", "as expected", "losses"]
+    head += ["largest \\|Δloss\\|", "weights", "largest \\|Δw\\|", "in ulps", "pruned weights ≠ 0"]
     table = results.markdown_table(head, [_cells(row) for row in rows], texts=6)
-    step_head = ("layout", "weights", "gradients that differ", "weights that differ")
-    step_head += ("beyond 1 ulp", "most ulps", "of weights moved by < ¼")
+    step_head = ["layout", "weights", "gradients that differ", "weights that differ"]
+    step_head += ["beyond 1 ulp", "most ulps", "of weights moved by < ¼"]
     fused = [row for row in rows if row.one_step]
     steps = results.markdown_table(step_head, [_step_cells(row) for row in fused], texts=2)
     settings = {key: vars(options)[key] for key in ("steps", "density", "seed")}

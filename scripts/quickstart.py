@@ -7,43 +7,71 @@ on the loopback and, where root and network namespaces are to be had, over a slo
 """
 
 import argparse
-import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import quickstart_plot
-from lib import quickstart_report as report
-from lib.launch import RankFailed, stop_on_signals
-from lib.machine import provenance
-from lib.netns import LinkUnavailable
-from lib.quickstart_stages import Results, run_stages
-from lib.settings import Settings
 from rich.console import Console
 
-PACKAGES = ("torch", "numpy", "sparse-comm")
+from lib import quickstart_plot, results
+from lib import quickstart_report as report
+from lib.launch import RankFailed, stop_on_signals
+from lib.netns import LinkUnavailable
+from lib.quickstart_stages import run_stages
+from lib.settings import Settings
+
+NAME = "quickstart"
+PLOT = f"{NAME}.png"
+WRITTEN = f"{NAME}.md, {NAME}.json and {PLOT}"
 MINIMUM_STEPS = 5  # the first steps of each block are not timed
 
 
 def main() -> int:
+    """Run the stages and write the report; returns the exit status."""
     options = parse_arguments()
-    settings = Settings(
-        **{key: vars(options)[key] for key in vars(options).keys() & asdict(Settings())}
-    )
     stop_on_signals()
     console = Console()
-    errors = Console(stderr=True, markup=False, highlight=False)
-    origin = provenance(command_line(), PACKAGES)
+    errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    given = vars(options)
+    settings = Settings(**{name: given[name] for name in asdict(Settings()) if name in given})
+    origin = results.origin()
+    warnings = busy_warnings()
+    for warning in warnings:
+        console.print(warning)
     try:
-        results = run_stages(settings, options.link, options.rate, console)
+        stages, why_no_link = run_stages(settings, options.link, options.rate, console)
     except (RankFailed, LinkUnavailable) as error:
-        errors.print(f"{error}\nquickstart failed; everything that it started was stopped.")
+        errors.print(f"{error}\nQuickstart failed; everything that it started was stopped.")
         return 1
     except KeyboardInterrupt:
         errors.print("Stopped; no process and no network namespace is left.")
         return 130
-    write_report(results, settings, origin, options.out, console)
+    rows = report.table_rows(stages)
+    notes = warnings + report.notes(stages, settings, why_no_link)
+    measured = {
+        "settings": asdict(settings),
+        "notes": notes,
+        "table": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        "stages": [asdict(stage) for stage in stages],
+    }
+    title = "The same pruned training, dense and compact"
+    results.write(options.out, NAME, measured, title, report.markdown(rows, notes, PLOT), origin)
+    quickstart_plot.draw(rows, stages[0], options.out / PLOT)
+    console.print(report.rich_table(rows))
+    console.print(f"Written: {WRITTEN} in {options.out}", highlight=False)
     return 0
+
+
+def busy_warnings() -> list[str]:
+    """What to say where other programs compete for the cores, which hides what is gained."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < cores / 2:
+        return []
+    return [
+        f"Other programs were busy at the start (load average {load:.1f}, {cores} cores): times "
+        "are noisy, and above all the ratio of step times is not to be trusted. Bytes are."
+    ]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Writes report.md, report.json and plot.png. Takes a few minutes on two cores.",
+        epilog=f"Writes {WRITTEN}. Takes about three minutes on two cores.",
     )
 
     def add(name: str, convert: type, text: str) -> None:
@@ -114,35 +142,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for name in ("warmup", "layers", "batch", "context"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
-
-
-def command_line() -> str:
-    """The command to repeat this run, without --out: results hold no paths."""
-    arguments = iter(sys.argv[1:])
-    kept = []
-    for argument in arguments:
-        if argument == "--out":
-            next(arguments)
-        elif not argument.startswith("--out="):
-            kept.append(argument)
-    return " ".join(["python scripts/quickstart.py", *kept])
-
-
-def write_report(
-    results: Results, settings: Settings, origin: dict[str, str], out: Path, console: Console
-) -> None:
-    """Print the table, and write it with the plot into ``out``."""
-    rows = report.table_rows(results.links, results.ranks)
-    notes = report.notes(results.links, results.ranks, settings, results.why_no_link)
-    facts = {"settings": asdict(settings), "notes": notes, "first stage": results.ranks}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(report.markdown(rows, notes, origin))
-    measured = report.as_json(rows, results.links, facts, origin)
-    (out / "report.json").write_text(json.dumps(measured, indent=1) + "\n")
-    warm_up = report.warm_up_losses(results.ranks)
-    quickstart_plot.draw(rows, results.links[0], warm_up, out / "plot.png")
-    console.print(report.rich_table(rows))
-    console.print(f"Written: report.md, report.json and plot.png in {out}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ def fully_shard(
     """``torch.distributed.fsdp.fully_shard(module, …)`` for compact modules.
 
     Besides, it checks that all ranks have the same masks, leaves parameters of which nothing is
-    unpruned out of sharding (FSDP2 crashes on a parameter without entries), and says so where
-    cached weights make a whole dense copy live on every rank from forward to backward. Call it on each layer, then on the model.
+    unpruned out of sharding, frozen (FSDP2 crashes on a parameter without entries), and says so
+    where cached weights make a whole dense copy live on every rank from forward to backward. Call
+    it on each layer, then on the model.
 
     Args:
         module: compact module (or any other).
@@ -52,12 +53,16 @@ def fully_shard(
     cached = [row.name for row in summary(module).rows if row.state == "cached"]
     if cached:
         warnings.warn(
-            f"weights='cached' keeps the dense weights of {cached[0]!r} and {len(cached) - 1} other "
-            "parameters from forward to backward on every rank, unsharded; compact(model, masks, "
+            f"weights='cached' keeps the dense weights of {cached[0]!r} and {len(cached) - 1} "
+            "others from forward to backward on every rank, unsharded; compact(model, masks, "
             "weights='transient') does not",
             stacklevel=2,
         )
     ignored = set(ignored_params or ())
-    ignored.update(p for p in module.parameters() if p.numel() == 0)
+    for parameter in module.parameters():
+        if parameter.numel() == 0:
+            ignored.add(parameter)
+            # Without a gradient, it does not meet DTensors in clipping and foreach optimizers.
+            parameter.requires_grad_(False)
     torch.distributed.fsdp.fully_shard(module, mesh=mesh, ignored_params=ignored or None, **options)
     return module

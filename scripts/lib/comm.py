@@ -16,7 +16,8 @@ class CommRecorder:
 
     *Exposed communication time* is what the step waits for: from the last call of the hook to the
     end of ``loss.backward()``. DDP hands over its last bucket when the last gradient is ready,
-    so from then on backward has nothing left to compute and only waits for the network.
+    so from then on backward has nothing left to compute: it waits for the network and finishes
+    DDP's own work. That work makes the exposed time of a fast link exceed its communication time.
 
     On CPUs gloo's threads run on the cores that compute, so communication that is not exposed
     still slows the computation that it hides behind. Neither time shows that; the step time does.

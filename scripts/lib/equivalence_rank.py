@@ -1,10 +1,10 @@
 """One rank of the equivalence check: trains masked dense and compact, and compares them."""
 
 import contextlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_comm
 
+from .job import join, leave, read_job
 from .launch import rank_main, report_progress
-from .model import VOCABULARY, GPT
+from .model import GPT, VOCABULARY
 from .rank_order import RankOrderReduceScatter, all_reduce_in_rank_order
+from .ulps import largest, ulp, ulps_apart
 
 LAYERS, WIDTH, CONTEXT, BATCH = 2, 128, 16, 2
 LR, WEIGHT_DECAY = 1e-3, 0.1
@@ -37,6 +39,9 @@ PRECISIONS = (
 )
 
 
+Mode = Literal["cached", "transient"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the model is spread over ranks."""
@@ -50,7 +55,7 @@ class Layout:
 class Case:
     """One pair of trainings of a layout."""
 
-    weights: str  # "cached" or "transient"
+    weights: Mode
     optimizer: str  # "AdamW single", "AdamW foreach", "AdamW fused" or "SGD foreach"
     precision: str = "fp32"  # one of PRECISIONS
 
@@ -66,8 +71,7 @@ class Job:
     seed: int
 
     @staticmethod
-    def load(path: Path) -> "Job":
-        fields = json.loads(path.read_text())
+    def of(fields: dict) -> "Job":
         layout = Layout(**fields.pop("layout"))
         cases = tuple(Case(**case) for case in fields.pop("cases"))
         return Job(layout, cases, **fields)
@@ -106,23 +110,15 @@ class Side:
 
 def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Run every case of one layout; returns a dict of results a case, ready for JSON."""
-    job = Job.load(Path(arguments[0]))
+    job = Job.of(read_job(arguments))
     torch.set_num_threads(1)
     if job.layout.wrap != "none":
-        # A file as the meeting point needs no free port.
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{workdir}/rendezvous",
-            rank=rank,
-            world_size=job.layout.ranks,
-            timeout=timedelta(seconds=120),
-        )
+        join(workdir, rank, job.layout.ranks)
     results = []
     for case in job.cases:
         results.append(compare(case, job, rank))
         report_progress(done=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     return {"cases": results}
 
 
@@ -146,8 +142,7 @@ def compare(case: Case, job: Job, rank: int) -> dict:
         "weights that differ": sum(int((a != b).sum()) for a, b in pairs),
         "max weight difference": max(float((a - b).abs().max()) for a, b in pairs),
         "max ulps of weights above the learning rate": max(
-            _largest(ulps_apart(a, b)[(a.minimum(b) > LR) | (a.maximum(b) < -LR)])
-            for a, b in pairs
+            largest(ulps_apart(a, b)[(a.minimum(b) > LR) | (a.maximum(b) < -LR)]) for a, b in pairs
         ),
     }
     if case.optimizer.endswith("fused"):
@@ -174,7 +169,7 @@ def one_step_apart(
         losses = [side.step(*batch) for side in (dense, compact)]
         found["losses differ"] += losses[0] != losses[1]
         gradients = [
-            whole({name: p.grad for name, p in side.parameters().items()})
+            whole({n: p.grad for n, p in side.parameters().items() if p.grad is not None})
             for side in (dense, compact)
         ]
         expected = packed(gradients[0], masks)
@@ -189,7 +184,7 @@ def one_step_apart(
             found["weights differ"] += int((after[name] != weight).sum())
             found["beyond 1 ulp"] += int((ulps > 1).sum())
             for key, value in zip(most, (ulps, ulps[settled]), strict=True):
-                most[key] = max(most[key], _largest(value))
+                most[key] = max(most[key], largest(value))
     return {**found, **most}
 
 
@@ -221,7 +216,7 @@ def make_batches(job: Job, rank: int) -> list[tuple[Tensor, Tensor]]:
 def make_side(compact: bool, case: Case, job: Job, masks: dict[str, Tensor]) -> Side:
     """A pruned model, wrapped, with its optimizer."""
     torch.manual_seed(job.seed)
-    model: nn.Module = GPT(LAYERS, WIDTH, CONTEXT)
+    model = GPT(LAYERS, WIDTH, CONTEXT)
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask.float())
@@ -243,7 +238,7 @@ def make_side(compact: bool, case: Case, job: Job, masks: dict[str, Tensor]) -> 
     return Side(module, model, optimizer, factors, case.precision)
 
 
-def wrap(model: nn.Module, layout: Layout, precision: str) -> nn.Module:
+def wrap(model: GPT, layout: Layout, precision: str) -> nn.Module:
     """DDP, or FSDP2 as in its tutorial: each block, then the rest."""
     if layout.wrap == "none":
         return model
@@ -272,7 +267,7 @@ def spread(mask: Tensor, parameter: Tensor) -> Tensor:
     return factor
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the whole tensors; sharded ones are gathered, all in one collective."""
     mine = {n: t.to_local().detach() for n, t in tensors.items() if isinstance(t, DTensor)}
     if not mine:
@@ -292,7 +287,7 @@ def whole_weights(side: Side) -> dict[str, Tensor]:
     return whole(side.parameters())
 
 
-def packed(tensors: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+def packed(tensors: Mapping[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
     """The unpruned entries: what a compact parameter of each name holds."""
     return {name: t[masks[name]] if name in masks else t for name, t in tensors.items()}
 
@@ -302,43 +297,22 @@ def copy_state(dense: Side, compact: Side, masks: dict[str, Tensor]) -> None:
     """Give the compact side the dense side's weights and optimizer state, bit for bit."""
     sources: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
-    for name, target in compact.parameters().items():
+    for name, parameter in compact.parameters().items():
         source = dense.model.get_parameter(name)
-        sources[name], targets[name] = source, target
+        sources[name], targets[name] = source, parameter
         for key, value in dense.optimizer.state.get(source, {}).items():
             if value.shape == source.shape:  # and not the number of steps
                 sources[f"{name} {key}"] = value
-                targets[f"{name} {key}"] = compact.optimizer.state[target][key]
+                targets[f"{name} {key}"] = compact.optimizer.state[parameter][key]
     for key, value in whole(sources).items():
         mask = masks.get(key.split()[0])
         value = value if mask is None else value[mask]
         target = targets[key]
         if isinstance(target, DTensor):
-            target = target.to_local()
             start = dist.get_rank() * -(-len(value) // dist.get_world_size())
+            target = target.to_local()
             value = value[start : start + len(target)]
         target.copy_(value)
-
-
-def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable numbers apart, element by element; 0.0 and -0.0 are one number."""
-    return (_order(a) - _order(b)).abs()
-
-
-def _order(x: Tensor) -> Tensor:
-    """Integers in the order of the floating numbers, one apart for neighbours."""
-    width = torch.int32 if x.dtype == torch.float32 else torch.int16
-    bits = x.contiguous().view(width).long()
-    return torch.where(bits < 0, torch.iinfo(width).min - bits, bits)
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.max()) if x.numel() else 0.0
-
-
-def ulp(x: Tensor) -> Tensor:
-    """Distance from x >= 0 to the next larger number."""
-    return torch.nextafter(x, torch.full_like(x, torch.inf)) - x
 
 
 if __name__ == "__main__":

@@ -78,8 +78,11 @@ def _follow(
     """Pass rank 0's progress on until every rank has ended well."""
     lines: queue.Queue[str] = queue.Queue()
 
+    output = processes[0].stdout
+    assert output is not None  # run_ranks asked for a pipe
+
     def read_lines() -> None:
-        for line in processes[0].stdout:
+        for line in output:
             lines.put(line)
 
     threading.Thread(target=read_lines, daemon=True).start()

@@ -11,12 +11,10 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -28,11 +26,15 @@ from torch.utils.checkpoint import checkpoint
 
 import sparse_comm
 
+from .job import join, leave, read_job
 from .launch import rank_main, report_progress
-from .model import VOCABULARY, GPT
+from .model import GPT, VOCABULARY
 
 CONTEXT = 8
 AFTER_FORWARD = "live_bytes: after forward"
+
+
+Weights = Literal["dense", "cached", "transient"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Case:
     """One row of the table."""
 
     run: str  # one of RUNS
-    weights: str  # "dense", "cached" or "transient"
+    weights: Weights
 
 
 RUNS = (
@@ -56,22 +58,15 @@ RUNS = (
 
 
 def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
-    job = json.loads(Path(arguments[0]).read_text())
+    job = read_job(arguments)
     torch.set_num_threads(1)
     if job["ranks"] > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{workdir}/rendezvous",
-            rank=rank,
-            world_size=job["ranks"],
-            timeout=timedelta(seconds=120),
-        )
+        join(workdir, rank, job["ranks"])
     results = []
     for fields in job["cases"]:
         results.append(measure(Case(**fields), job))
         report_progress(done=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     return {"cases": results}
 
 
@@ -224,7 +219,7 @@ def storages(forward: Any, threshold: int, model: GPT, case: Case) -> int | None
     with contextlib.nullcontext() if compiled else watch:
         loss = forward()
     # Of compiled code the operators are not seen, but its one autograd node can be asked.
-    saved = loss.grad_fn.saved_tensors if compiled else ()  # type: ignore[union-attr]
+    saved = loss.grad_fn.saved_tensors if compiled else ()
     for tensor in (*saved, *_resident(model)):
         watch.add(tensor)
     live = watch.live_bytes()

@@ -1,38 +1,30 @@
-"""One rank of ``measure_memory.py``: builds one model, trains a few steps, reads resident memory."""
+"""One rank of ``measure_memory.py``: builds a model, trains it a little, reads resident memory."""
 
 import ctypes
 import gc
-import json
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_comm
 
+from .job import join, leave, read_job
 from .launch import rank_main, report_progress
-from .model import VOCABULARY, GPT, Block
+from .model import GPT, VOCABULARY, Block
 
-CONTEXT = 8  # tokens: activations stay at some kB a layer
-STEPS = 3  # DDP rebuilds its buckets after the first
+CONTEXT = 2  # tokens: activations and their gradients stay at some kB a layer
+STEPS = 2  # optimizer state comes with the first, DDP's final buckets with the second
 
 
 def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Returns resident bytes, and what ``summary`` counts, ready for JSON."""
-    job = json.loads(Path(arguments[0]).read_text())
+    job = read_job(arguments)
     torch.set_num_threads(1)
     if job["wrap"]:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{workdir}/rendezvous",
-            rank=rank,
-            world_size=job["ranks"],
-            timeout=timedelta(seconds=120),
-        )
+        join(workdir, rank, job["ranks"])
     model = build(job)
     module: nn.Module = model
     if job["wrap"] == "ddp":
@@ -44,13 +36,12 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
             loss = module(tokens, targets)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # gradients stay, as they are there in every step
+        optimizer.zero_grad(set_to_none=False)  # gradients stay, as after backward
+        report_progress(done=True)
     del loss
     resident = resident_bytes()
     counted = sparse_comm.summary(model, optimizer)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
     return {
         "resident": resident,
         "counted": counted.total_bytes,
@@ -63,7 +54,7 @@ def build(job: dict) -> GPT:
     """The model, block by block, so that no more than one block is ever dense."""
     torch.manual_seed(0)
     model = GPT(0, job["width"], CONTEXT)
-    for index in range(job["layers"]):
+    for _ in range(job["layers"]):
         block = Block(job["width"])
         if job["weights"] != "dense":
             masks = {
@@ -77,7 +68,7 @@ def build(job: dict) -> GPT:
         if job["wrap"] == "fsdp2":
             fully_shard(block)
         model.blocks.append(block)
-        report_progress(built=index + 1)
+        report_progress(done=True)
     if job["wrap"] == "fsdp2":
         fully_shard(model)
     return model

@@ -55,10 +55,10 @@ class NamespacePair:
 
     def _create(self) -> None:
         if os.geteuid() != 0:
-            raise LinkUnavailable("it needs root, to create network namespaces")
+            raise LinkUnavailable("the link needs root, to create network namespaces")
         for tool in ("ip", "tc"):
             if shutil.which(tool) is None:
-                raise LinkUnavailable(f"it needs the command '{tool}' (package iproute2)")
+                raise LinkUnavailable(f"the link needs the command '{tool}' (package iproute2)")
         for name in self.names:
             _run("ip", "netns", "add", name)
         first, second = self.names

@@ -14,7 +14,7 @@ import sparse_comm
 
 from .comm import CommRecorder
 from .netns import transmitted_bytes
-from .settings import Settings
+from .settings import Stage
 
 BLOCK = 10  # steps that one side makes before it is the other's turn
 UNTIMED = 2  # steps at a block's start that are not timed: caches are cold, DDP rebuilds buckets
@@ -38,17 +38,22 @@ class Side:
 
 
 def make_side(
-    name: str, module: nn.Module, settings: Settings, after_step: Callable[[], None] | None = None
+    name: str,
+    module: nn.Module,
+    stage: Stage,
+    after_step: Callable[[], None] | None = None,
 ) -> Side:
     """DDP and AdamW as anyone would set them up: the same for the dense and the compact model."""
-    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    groups = sparse_comm.param_groups(module, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+    ddp = DistributedDataParallel(
+        module, gradient_as_bucket_view=True, bucket_cap_mb=stage.bucket_mb
+    )
+    groups = sparse_comm.param_groups(module, stage.settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=stage.settings.learning_rate, fused=True)
     recorder = CommRecorder(ddp)
     return Side(name, module, ddp, optimizer, recorder, after_step or (lambda: None))
 
 
-def make_pair(model: nn.Module, masks: dict[str, Tensor], settings: Settings) -> tuple[Side, Side]:
+def make_pair(model: nn.Module, masks: dict[str, Tensor], stage: Stage) -> tuple[Side, Side]:
     """Two equal pruned models: one that keeps its zeros by masking, one that is compact."""
     # The leanest mask that we know of: one fp32 multiplication of each weight after the step.
     # (Masking the gradient as well, or multiplying by a bool mask, is slower.)
@@ -60,11 +65,11 @@ def make_pair(model: nn.Module, masks: dict[str, Tensor], settings: Settings) ->
             model.get_parameter(name).mul_(factor)
 
     mask_weights()
-    compact = sparse_comm.compact(copy.deepcopy(model), masks, weights=settings.weights)
+    compact = sparse_comm.compact(copy.deepcopy(model), masks, weights=stage.settings.weights)
     sparse_comm.check_masks(compact)
     return (
-        make_side("dense", model, settings, mask_weights),
-        make_side("compact", compact, settings),
+        make_side("dense", model, stage, mask_weights),
+        make_side("compact", compact, stage),
     )
 
 

@@ -2,80 +2,84 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .quickstart_report import MEGABYTE, MILLISECOND, LinkResult, Row
+from .quickstart_report import SCALE, Row, StageResult
 
 COLOURS = {"dense": "#9aa5b1", "compact": "#c2410c"}
+TICKS = {
+    "communication time": "commu-\nnication",
+    "exposed communication time": "exposed\ncommu-\nnication",
+    "step time": "step",
+    "bytes on the wire": "sent\nper step",
+    "bytes of model state": "model\nstate",
+}
 
 
-def draw(rows: list[Row], link: LinkResult, warm_up: list[float], path: Path) -> None:
-    """Write the plot of the table's rows and of one link's losses to ``path``."""
-    timed = list(dict.fromkeys(row.link for row in rows if row.unit == "ms"))
-    widths = [1.5, 1] + [1] * len(timed)
+def draw(rows: list[Row], stage: StageResult, path: Path) -> None:
+    """Write the plot of the table's rows and of one stage's losses to ``path``."""
+    plt.switch_backend("Agg")  # no display needed
+    links = list(dict.fromkeys(row.link for row in rows if row.unit == "ms"))
     figure, axes = plt.subplots(
-        1, len(widths), figsize=(3.6 * sum(widths), 4.6), width_ratios=widths, layout="constrained"
+        1,
+        2 + len(links),
+        figsize=(7 + 3.5 * len(links), 4.4),
+        width_ratios=[1.5, 0.8] + [1] * len(links),
+        layout="constrained",
     )
-    _losses(axes[0], warm_up, link)
-    _bars(axes[1], [row for row in rows if row.unit == "MB"], MEGABYTE, "MB per rank")
+    _losses(axes[0], stage)
+    # The wire bytes are nearly the same on every link: those of the last one will do.
+    sent = [row for row in rows if row.unit == "MB" and row.link == links[-1]]
+    state = [row for row in rows if row.unit == "MB" and not row.link]
+    _bars(axes[1], [*sent, *state], "MB per rank")
     axes[1].set_title("Bytes")
     time_axes = axes[2:]
-    for axis, name in zip(time_axes, timed, strict=True):
-        times = [row for row in rows if row.unit == "ms" and row.link == name]
-        _bars(axis, times, MILLISECOND, "ms per step (median)")
-        axis.set_title(f"Time: {name}")
+    for axis, link in zip(time_axes, links, strict=True):
+        _bars(axis, [row for row in rows if row.unit == "ms" and row.link == link], "ms (median)")
+        axis.set_title(f"Time per step, {link}")
     highest = max(axis.get_ylim()[1] for axis in time_axes)
     for axis in time_axes:  # one scale, so that links can be compared
         axis.set_ylim(0, highest)
-    axes[1].legend(loc="upper right", frameon=False)
+    axes[1].legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _losses(axis: Axes, warm_up: list[float], link: LinkResult) -> None:
+def _losses(axis: Axes, stage: StageResult) -> None:
+    warm_up = stage.warm_up_losses()
     start = len(warm_up)
-    axis.plot(range(1, start + 1), warm_up, color="#64748b", linewidth=1, label="dense warm-up")
-    steps = range(start + 1, start + 1 + len(link.dense.losses))
-    axis.plot(steps, link.dense.losses, color=COLOURS["dense"], linewidth=5, label="masked dense")
-    axis.plot(steps, link.compact.losses, color=COLOURS["compact"], linewidth=1.2, label="compact")
+    dense, compact = stage.losses("dense"), stage.losses("compact")
+    steps = range(start + 1, start + 1 + len(dense))
+    axis.plot(range(1, start + 1), warm_up, color="black", linewidth=1, label="dense warm-up")
+    axis.plot(steps, dense, color=COLOURS["dense"], linewidth=5, label="pruned, masked dense")
+    axis.plot(steps, compact, color=COLOURS["compact"], linewidth=1.2, label="pruned, compact")
     axis.axvline(start + 0.5, color="black", linewidth=0.8, linestyle=":")
-    axis.annotate(" pruned", (start + 0.5, 0.1), fontsize=9)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, start + len(dense) + 1)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_ylabel("training loss (nats per byte)")
-    axis.set_title("The two loss curves lie on each other")
-    axis.legend(loc="lower left", frameon=False)
+    axis.set_title(f"Loss: largest difference {stage.largest_loss_difference():.0e}")
+    axis.legend(loc="lower left", framealpha=1, edgecolor="white")
 
 
-def _bars(axis: Axes, rows: list[Row], scale: float, unit: str) -> None:
-    """Pairs of bars, each pair with its ratio above."""
+def _bars(axis: Axes, rows: list[Row], unit: str) -> None:
+    """Pairs of bars from 0, each pair with its ratio above."""
     width = 0.38
     for position, row in enumerate(rows):
-        heights = {"dense": row.dense / scale, "compact": row.compact / scale}
-        for offset, (side, height) in zip((-width / 2, width / 2), heights.items(), strict=True):
+        heights = [value / SCALE[row.unit] for value in (row.dense, row.compact)]
+        for offset, (side, colour), height in zip(
+            (-width / 2, width / 2), COLOURS.items(), heights, strict=True
+        ):
             label = side if position == 0 else None
-            axis.bar(position + offset, height, width, color=COLOURS[side], label=label)
+            axis.bar(position + offset, height, width, color=colour, label=label)
         axis.annotate(
             f"÷ {row.ratio:.1f}",
-            (position, max(heights.values())),
+            (position, max(heights)),
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
         )
-    axis.set_xticks(range(len(rows)), [_short(row) for row in rows], fontsize=9)
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.12)
+    axis.set_xticks(range(len(rows)), [TICKS[row.quantity] for row in rows])
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
     axis.set_ylabel(unit)
-
-
-def _short(row: Row) -> str:
-    """A tick label in few narrow lines."""
-    label = row.quantity.replace(" time", "").replace("bytes of ", "").replace("bytes on ", "on ")
-    if row.unit == "MB" and row.link:
-        label += f" ({row.link})"
-    return label.replace(" ", "\n")

@@ -1,6 +1,5 @@
 """One rank of the quickstart: warm up, prune, then train dense and compact in turn."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 import sparse_comm
 
+from .job import join, leave
 from .launch import rank_main, report_progress
 from .model import GPT
 from .pair import (
@@ -34,14 +34,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     stage = Stage.load(Path(arguments[0]))
     settings = stage.settings
     torch.set_num_threads(1)
-    # A file as the meeting point needs no free port, and puts no bytes on the wire.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{workdir}/rendezvous",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=120),
-    )
+    join(workdir, rank, WORLD_SIZE)
     training_text, held_out = standard_library_text()
     validation = [
         batch(held_out, VALIDATION_BATCH, settings.context, seed=rank + WORLD_SIZE * index)
@@ -60,7 +53,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     masks = prune(model, settings.sparsity)
     if stage.warm_up:  # these losses are the same in every stage
         result["validation"]["after the warm-up"] = mean_loss(model, validation)
-    sides = make_pair(model, masks, settings)
+    sides = make_pair(model, masks, stage)
     if stage.warm_up:
         result["validation"]["just pruned"] = mean_loss(model, validation)
 
@@ -88,7 +81,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     result["pruned"] = sum(int((~mask).sum()) for mask in masks.values())
     result["largest weight difference"] = largest_difference(*sides)
-    dist.destroy_process_group()
+    leave()
     return result
 
 
@@ -99,7 +92,7 @@ def new_model(settings: Settings) -> GPT:
 
 def warm_up(stage: Stage, rank: int, batch_of_step: BatchOfStep) -> list[float]:
     """Train the dense model a little, so that magnitudes mean something; returns the losses."""
-    side = make_side("dense", new_model(stage.settings), stage.settings)
+    side = make_side("dense", new_model(stage.settings), stage)
     for step in range(stage.settings.warmup):
         train_step(side, *batch_of_step(step))
         report_progress(stage="warm-up", side=side.name, loss=side.losses[-1])
@@ -111,7 +104,12 @@ def warm_up(stage: Stage, rank: int, batch_of_step: BatchOfStep) -> list[float]:
 
 def prune(model: GPT, sparsity: float) -> dict[str, Tensor]:
     """Masks of the weight matrices of the transformer blocks; the rest stays dense."""
-    return sparse_comm.prune.magnitude(model, sparsity=sparsity, scope="global")
+    return sparse_comm.prune.magnitude(
+        model,
+        sparsity=sparsity,
+        scope="global",
+        names=lambda name, parameter: name.startswith("blocks."),
+    )
 
 
 def largest_difference(dense: Side, compact: Side) -> float:

@@ -1,110 +1,128 @@
 """The quickstart's stages: first both ranks on the loopback, then joined by a slow link."""
 
 import tempfile
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .launch import run_ranks
 from .netns import INTERFACE, LinkUnavailable, NamespacePair, remove_stale_namespaces
-from .quickstart_report import SIDES, LinkResult
+from .quickstart_report import SIDES, StageResult
 from .settings import WORLD_SIZE, Settings, Stage
 
-
-@dataclass
-class Results:
-    """What the stages measured."""
-
-    links: list[LinkResult]
-    ranks: list[dict]  # as the ranks of the first stage, which warmed up, filed it
-    why_no_link: str | None
+# DDP's bucket size, the same for both sides of a stage. Over 1 Gbit/s the dense step was equally
+# fast with 3 and 8 MB and slower with 25; of those two, 3 suits the compact side better. On the
+# loopback dense was fastest with DDP's default; compact was not tried with others there.
+LOOPBACK_BUCKET_MB = 25  # DDP's default
+LINK_BUCKET_MB = 3
 
 
-def run_stages(settings: Settings, link: str, rate: str, console: Console) -> Results:
+def run_stages(
+    settings: Settings, link: str, rate: str, console: Console
+) -> tuple[list[StageResult], str | None]:
     """Run both stages, or only the first where the slow link is not wanted or impossible.
 
     Args:
+        settings: what to train, and how long.
         link: "loopback" (never a slow link), "netns" (LinkUnavailable if impossible) or "auto".
         rate: speed of the slow link in ``tc``'s notation.
+        console: for the progress bar.
+
+    Returns:
+        The results of the stages, the loopback's first, and why there is no slow link, if so.
     """
     remove_stale_namespaces()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quickstart-")))
-        pair, why_no_link = None, "--link loopback was given"
-        if link != "loopback":
-            try:
-                pair, why_no_link = stack.enter_context(NamespacePair(rate)), None
-            except LinkUnavailable as error:
-                if link == "netns":
-                    raise
-                why_no_link = str(error)
-        if why_no_link:
+        pair, why_no_link = _open_link(stack, link, rate)
+        start = str(folder / "warm.pt")
+        loopback = Stage(
+            "loopback", "lo", settings.steps, LOOPBACK_BUCKET_MB, True, start, settings
+        )
+        stages = [loopback]
+        if pair:
+            name = f"{readable_rate(rate)} link"
+            steps = settings.link_steps
+            stages.append(Stage(name, INTERFACE, steps, LINK_BUCKET_MB, False, start, settings))
+        else:
             console.print(f"No run over a slow link: {why_no_link}.", markup=False)
+        on_progress = stack.enter_context(_progress_bars(stages, console))
+        return [_run(stage, pair, folder, on_progress) for stage in stages], why_no_link
 
-        progress = stack.enter_context(_progress_bar(console))
-        bars = {"warm-up": progress.add_task("dense warm-up", total=settings.warmup, loss="")}
 
-        def add_bar(name: str, steps: int) -> None:
-            bars[name] = progress.add_task(
-                f"dense and compact, {name}", total=steps * len(SIDES), loss=""
-            )
+def _open_link(stack: ExitStack, link: str, rate: str) -> tuple[NamespacePair | None, str | None]:
+    """The slow link, closed with ``stack``, or else why there is none."""
+    if link == "loopback":
+        return None, "--link loopback was given"
+    try:
+        return stack.enter_context(NamespacePair(rate)), None
+    except LinkUnavailable as error:
+        if link == "netns":
+            raise
+        return None, str(error)
+
+
+def _run(
+    stage: Stage,
+    pair: NamespacePair | None,
+    folder: Path,
+    on_progress: Callable[[dict], None],
+) -> StageResult:
+    """Run one stage; on the loopback both ranks share a namespace, where there are any.
+
+    A namespace of its own gives the loopback a counter of bytes that no other program moves.
+    """
+    if stage.interface == INTERFACE:
+        counted, ranks_per_counter = "what each rank's interface sent, headers included", 1
+    else:
+        counted, ranks_per_counter = "half of what lo sent, for lo carries both ranks'", WORLD_SIZE
+        if pair is None:
+            counted += " (and here those of any other program on this machine, too)"
+    prefixes: list[list[str]] = [[]] * WORLD_SIZE
+    if pair is not None:
+        own = stage.interface == INTERFACE
+        prefixes = [pair.command_prefix(rank if own else 0) for rank in range(WORLD_SIZE)]
+    workdir = folder / stage.interface
+    workdir.mkdir()
+    description = workdir / "stage.json"
+    stage.save(description)
+    arguments = [str(description)]
+    ranks = run_ranks(
+        "lib.quickstart_rank", arguments, prefixes, stage.interface, workdir, on_progress
+    )
+    return StageResult(stage.name, ranks, counted, ranks_per_counter)
+
+
+@contextmanager
+def _progress_bars(stages: list[Stage], console: Console) -> Iterator[Callable[[dict], None]]:
+    """A bar for the warm-up and one for each stage; gives what to call with rank 0's reports."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn("{task.completed}/{task.total} steps"),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        warm_up_steps = stages[0].settings.warmup
+        bars = {"warm-up": progress.add_task("dense warm-up", total=warm_up_steps, loss="")}
+        for stage in stages:
+            steps = stage.steps * len(SIDES)
+            bars[stage.name] = progress.add_task(stage.name, total=steps, loss="")
 
         def on_progress(event: dict) -> None:
-            text = f"{event['side']} loss {event['loss']:.2f}"
-            progress.update(bars[event["stage"]], advance=1, loss=text)
+            loss = f"{event['side']} loss {event['loss']:.2f}"
+            progress.update(bars[event["stage"]], advance=1, loss=loss)
 
-        def run(stage: Stage, prefixes: list[list[str]]) -> list[dict]:
-            workdir = folder / stage.interface
-            workdir.mkdir()
-            stage_file = workdir / "stage.json"
-            stage.save(stage_file)
-            return run_ranks(
-                "lib.quickstart_rank",
-                [str(stage_file)],
-                prefixes,
-                stage.interface,
-                workdir,
-                on_progress,
-            )
-
-        start = str(folder / "warm.pt")
-        loopback = Stage(settings, "loopback", "lo", settings.steps, start, warm_up=True)
-        slow_name = f"{readable_rate(rate)} link"
-        slow = Stage(settings, slow_name, INTERFACE, settings.link_steps, start, warm_up=False)
-        add_bar(loopback.name, loopback.steps)
-        if pair:
-            add_bar(slow.name, slow.steps)
-
-        # A namespace of its own gives the loopback a counter that no other program moves.
-        ranks = run(loopback, [pair.command_prefix(0) if pair else []] * WORLD_SIZE)
-        counted = "half of what lo sent: it carries the bytes of both ranks"
-        if not pair:
-            counted += ", and here those of any other program on this machine, too"
-        links = [LinkResult.of(loopback.name, ranks, counted, ranks_per_counter=WORLD_SIZE)]
-        if pair:
-            slow_ranks = run(slow, [pair.command_prefix(rank) for rank in range(WORLD_SIZE)])
-            counted = "what each rank's network interface sent, headers included"
-            links.append(LinkResult.of(slow.name, slow_ranks, counted, ranks_per_counter=1))
-    return Results(links, ranks, why_no_link)
+        yield on_progress
 
 
 def readable_rate(rate: str) -> str:
-    """ "1gbit" → "1 Gbit/s"; anything else stays as it is."""
+    """Turn "1gbit" into "1 Gbit/s"; anything else stays as it is."""
     for unit, readable in (("gbit", "Gbit/s"), ("mbit", "Mbit/s")):
         if rate.endswith(unit):
             return f"{rate.removesuffix(unit)} {readable}"
     return rate
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<35}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps {task.fields[loss]:<22}"),
-        TimeRemainingColumn(),
-        console=console,
-    )

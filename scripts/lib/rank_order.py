@@ -32,7 +32,9 @@ def all_reduce_in_rank_order(state: None, bucket: dist.GradBucket) -> torch.futu
 class RankOrderReduceScatter(ReduceScatter):
     """For FSDP2: ``module.set_custom_reduce_scatter(RankOrderReduceScatter())``."""
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(

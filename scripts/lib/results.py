@@ -34,7 +34,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: in
 
 
 def write(out: Path, name: str, facts: dict, title: str, parts: list[str], origin: dict) -> None:
-    """Write ``name.json`` (facts) and ``name.md`` (title, parts, origin) into the folder ``out``."""
+    """Write ``name.json`` (facts) and ``name.md`` (title and parts), both with their origin."""
     out.mkdir(parents=True, exist_ok=True)
     measured = {"provenance": origin, **facts}
     (out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 WORLD_SIZE = 2
 
@@ -16,12 +17,12 @@ class Settings:
     batch: int = 2  # sequences per rank and step
     context: int = 128  # bytes per sequence
     sparsity: float = 0.9
-    weights: str = "cached"
-    warmup: int = 60  # dense steps before pruning
-    steps: int = 60  # steps of each side on the loopback
+    weights: Literal["cached", "transient"] = "cached"
+    warmup: int = 40  # dense steps before pruning
+    steps: int = 40  # steps of each side on the loopback
     link_steps: int = 20  # steps of each side over the slow link
     seed: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.1
 
 
@@ -29,12 +30,13 @@ class Settings:
 class Stage:
     """What one pair of processes does: train dense and compact in turn, over one interface."""
 
-    settings: Settings
     name: str
     interface: str
     steps: int
+    bucket_mb: int  # DDP's bucket_cap_mb, on both sides
+    warm_up: bool  # whether this stage makes the file `start`
     start: str  # file of the dense model's weights after the warm-up
-    warm_up: bool  # whether this stage makes that file
+    settings: Settings
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT_FRACTION = 0.05
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}  # folders
 
 
 def standard_library_text() -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def standard_library_text() -> tuple[Tensor, Tensor]:
     sources = sorted(path.relative_to(stdlib).as_posix() for path in stdlib.rglob("*.py"))
     for name in sources:
         folders = name.split("/")[:-1]
-        if not {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(folders):
+        if not LEFT_OUT & set(folders):
             parts.append((stdlib / name).read_bytes())
     text = torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8)
     split = int(len(text) * (1 - HELD_OUT_FRACTION))

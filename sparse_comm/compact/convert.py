@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from sparse_comm.compact.module import (
     CompactModule,
@@ -145,13 +146,18 @@ def densify(model: Model, optimizer: torch.optim.Optimizer | None = None) -> Mod
 
 
 def values_changed(model: nn.Module) -> None:
-    """Say that values were written where torch cannot see it (through ``.data``, by a pointer).
+    """Say that values were written where torch cannot see it.
 
-    Cached dense weights are expanded anew at their next use. Writes that torch sees (optimizers,
-    ``load_state_dict``, in-place operators) need no call.
+    Such writes go through ``.data`` or a pointer, or are collectives on a parameter
+    (``torch.distributed.broadcast(p, src=0)``). Cached dense weights are expanded anew at their
+    next use. Writes that torch sees (in-place operators, ``load_state_dict``), any
+    ``torch.optim.Optimizer``'s step, and DDP's and FSDP2's own collectives need no call.
     """
-    for _, _, _, slot in compact_slots(model):
+    for _, module, attribute, slot in compact_slots(model):
         slot.mark_stale()
+        values = module._parameters[attribute]
+        assert values is not None
+        increment_version(values)  # a backward pass still to come uses the values, too
 
 
 def is_compact(model: nn.Module) -> bool:

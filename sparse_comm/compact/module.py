@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_comm.compact.slot import MARK, Slot, is_sharded, mark
-from sparse_comm.compact.view import DenseView, write_dense
+from sparse_comm.compact.view import DenseView, assign_dense, memory_format_of
 
-__all__ = ["CompactModule", "become_compact", "become_plain", "compact_slots", "weight_of"]
+__all__ = [
+    "CompactModule",
+    "become_compact",
+    "become_plain",
+    "compact_slots",
+    "memory_format_of",
+    "weight_of",
+]
 
 
 class CompactModule(nn.Module):
@@ -51,10 +58,7 @@ class CompactModule(nn.Module):
                 f"parameter {slot.name!r}; call sparse_comm.densify(model) first"
             )
         elif param.shape == slot.pattern.shape:
-            values = self._parameters[name]
-            assert values is not None
-            write_dense(slot, values, param)
-            values.requires_grad_(param.requires_grad)
+            _replace(self, name, slot, param)
         else:
             raise ValueError(
                 f"parameter assigned to {slot.name!r} has shape {tuple(param.shape)}, expected the "
@@ -92,27 +96,10 @@ class CompactModule(nn.Module):
             slot.place(values)
         return self
 
-    # State dicts carry the digests of the patterns, since values of another pattern fit as well.
-
-    def get_extra_state(self) -> Any:
-        """uint8 tensor of shape (compact parameters, 16): pattern digests in order of name."""
-        digests = [
-            list(bytes.fromhex(s.pattern.digest())) for _, s in sorted(self._compact.items())
-        ]
-        state = torch.tensor(digests, dtype=torch.uint8).reshape(-1, 16)
-        if (inner := _inner_extra_state(type(self))) is not None:
-            return {"patterns": state, "module": inner.get_extra_state(self)}
-        return state
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self._compact and _inner_extra_state(type(self)) is None:
             destination.pop(prefix + "_extra_state", None)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing to set: a digest that differs was refused before anything was loaded."""
-        if (inner := _inner_extra_state(type(self))) is not None:
-            inner.set_extra_state(self, state["module"] if _is_ours(state) else state)
 
     def _load_from_state_dict(
         self,
@@ -131,7 +118,8 @@ class CompactModule(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if (key := prefix + "_extra_state") in missing_keys:
+        key = prefix + "_extra_state"  # a dense state has none
+        if key in missing_keys and _inner_extra_state(type(self)) is None:
             missing_keys.remove(key)
         for slot in self._compact.values():
             slot.mark_stale()
@@ -168,6 +156,31 @@ class CompactModule(nn.Module):
         _, (cls, *rest), *state = reduced
         assert cls is type(self), f"{cls.__name__} pickles in a way of its own"
         return (_rebuild, (plain_class(cls), tuple(self._compact), *rest), *state)
+
+
+class _Digests:
+    """For modules that have compact parameters themselves: digests of the patterns in state dicts.
+
+    Values of another pattern fit as well. Modules on the way to compact ones have nothing to say
+    here, and ``torch.distributed.checkpoint`` insists on the key where a class defines the method.
+    """
+
+    _compact: dict[str, Slot]
+
+    def get_extra_state(self) -> Any:
+        """uint8 tensor of shape (compact parameters, 16): pattern digests in order of name."""
+        digests = [
+            list(bytes.fromhex(s.pattern.digest())) for _, s in sorted(self._compact.items())
+        ]
+        state = torch.tensor(digests, dtype=torch.uint8).reshape(-1, 16)
+        if (inner := _inner_extra_state(type(self))) is not None:
+            return {"patterns": state, "module": inner.get_extra_state(self)}
+        return state
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: a digest that differs was refused before anything was loaded."""
+        if (inner := _inner_extra_state(type(self))) is not None:
+            inner.set_extra_state(self, state["module"] if _is_ours(state) else state)
 
 
 class _CompactRNN:
@@ -222,13 +235,16 @@ class _CompactPretrained:
         )
 
 
-_subclasses: dict[type[nn.Module], type[CompactModule]] = {}
+_subclasses: dict[tuple[type[nn.Module], bool], type[CompactModule]] = {}
 
 
-def _subclass(base: type[nn.Module]) -> type[CompactModule]:
-    """One subclass a base class, so that compiled code is shared; it keeps the base's name."""
-    if base not in _subclasses:
-        extra: tuple[type, ...] = ()
+def _subclass(base: type[nn.Module], has_slots: bool) -> type[CompactModule]:
+    """One subclass a base class, so that compiled code is shared; it keeps the base's name.
+
+    Another one for modules that have no compact parameter, but are on the way to one.
+    """
+    if (base, has_slots) not in _subclasses:
+        extra: tuple[type, ...] = (_Digests,) if has_slots else ()
         if issubclass(base, nn.RNNBase):
             extra += (_CompactRNN,)
         if hasattr(base, "save_pretrained"):
@@ -238,8 +254,9 @@ def _subclass(base: type[nn.Module]) -> type[CompactModule]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        _subclasses[base] = type(base.__name__, (*extra, CompactModule, base), names)
-    return _subclasses[base]
+        cls = type(base.__name__, (*extra, CompactModule, base), names)
+        _subclasses[base, has_slots] = cls
+    return _subclasses[base, has_slots]
 
 
 def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -257,7 +274,7 @@ def _plain_again(cls: type) -> type:
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> Any:
-    cls = _subclass(base)
+    cls = _subclass(base, bool(names))
     for name in names:
         _add_property(cls, name)
     return cls.__new__(cls, *args)
@@ -266,9 +283,11 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], *args: Any) -> Any:
 def become_compact(module: nn.Module, slots: dict[str, Slot]) -> None:
     """Give ``module`` the compact class, with these slots besides those it has."""
     if not isinstance(module, CompactModule):
-        cls = _subclass(type(module))
+        cls = _subclass(type(module), bool(slots))
         object.__setattr__(module, "_compact", {})
         object.__setattr__(module, "__class__", cls)
+    elif slots and CompactModule in type(module).__bases__:  # on the way to one so far
+        object.__setattr__(module, "__class__", _subclass(plain_class(type(module)), True))
     assert isinstance(module, CompactModule)
     for name, slot in slots.items():
         _add_property(type(module), name)
@@ -340,7 +359,7 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
     ):
         return slot.weight(values)
     view = DenseView.of(slot, values)
-    _last[module] = name, weakref.ref(view._link), tuple(module._parameters)
+    _last[module] = name, weakref.ref(view), tuple(module._parameters)
     return view
 
 
@@ -356,12 +375,20 @@ def compact_slots(model: nn.Module) -> Iterator[tuple[str, CompactModule, str, S
                 yield f"{prefix}.{name}" if prefix else name, module, name, slot
 
 
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """channels_last where the tensor is laid out so and not contiguous, else contiguous."""
-    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout):
-            return torch.contiguous_format if tensor.is_contiguous() else layout
-    return torch.contiguous_format
+def _replace(module: CompactModule, name: str, slot: Slot, dense: nn.Parameter) -> None:
+    """``module.weight = nn.Parameter(dense)``: the values take over all there is to it."""
+    values = module._parameters[name]
+    assert values is not None
+    if values.is_meta and not dense.is_meta:  # a meta parameter can take no data
+        slot.pattern = slot.pattern.to(dense.device)
+        packed = slot.pack(dense.detach())
+        module.register_parameter(name, nn.Parameter(packed, dense.requires_grad))
+        return
+    assign_dense(slot, values, dense)
+    values.requires_grad_(dense.requires_grad)
+    values.grad = None if dense.grad is None else slot.pack(dense.grad)
+    notes = {k: v for k, v in dense.__dict__.items() if not k.startswith(MARK)}
+    values.__dict__.update(notes)
 
 
 def _tie(module: CompactModule, name: str, view: DenseView) -> None:
@@ -388,7 +415,7 @@ def _tie(module: CompactModule, name: str, view: DenseView) -> None:
     nn.Module.register_parameter(module, name, values)  # type: ignore[arg-type]
 
 
-# Of each module: the attribute last asked for, what leads to its values, and the parameters' names.
+# Of each module: the attribute last asked for, what it gave, and the names of all parameters.
 _last: weakref.WeakKeyDictionary[CompactModule, Any] = weakref.WeakKeyDictionary()
 
 
@@ -396,9 +423,9 @@ def _check_none_removed(module: CompactModule) -> None:
     """Refuse the old weight_norm, which takes a parameter out by hand; puts it back."""
     for name, slot in module._compact.items():
         if name not in module._parameters:
-            asked, link, order = _last.get(module, (None, None, ()))
-            if asked == name and link() is not None:
-                found = {**module._parameters, name: link().values}
+            asked, view, order = _last.get(module, (None, None, ()))
+            if asked == name and view() is not None:
+                found = {**module._parameters, name: view()._link.values}
                 module._parameters = {key: found[key] for key in order}
             raise RuntimeError(
                 f"compact parameter {slot.name!r} was taken out of its module (the old "

@@ -20,13 +20,13 @@ from torch import Tensor
 from sparse_comm.compact.saved import expand_again_in_backward
 from sparse_comm.compact.slot import Slot
 
-__all__ = ["DenseView", "warn_dropped", "write_dense"]
+__all__ = ["DenseView", "assign_dense", "memory_format_of", "warn_dropped", "write_dense"]
 
 
 class Link:
     """The tensor of values behind a dense tensor: the parameter's values, or their gradient."""
 
-    __slots__ = ("__weakref__", "base", "slot", "values", "version")
+    __slots__ = ("base", "slot", "values", "version")
 
     def __init__(self, slot: Slot, values: Tensor, base: Tensor) -> None:
         self.slot, self.values, self.base = slot, values, base
@@ -98,8 +98,12 @@ class DenseView(torch.Tensor):
         own = hasattr(Tensor, name) or not self._is_param
         object.__setattr__(self if own else self._link.values, name, value)
 
+    def as_subclass(self, cls: Any) -> Any:
+        """A copy: writes to another kind of tensor would not be noticed."""
+        return self.current().clone().as_subclass(cls)
+
     def set_(self, *_: Any, **__: Any) -> Any:
-        """Refused. PyTorch asks no subclass about it."""
+        """Refused. Here, since PyTorch does not ask ``__torch_function__`` about it."""
         _refuse(self, "set_()")
 
     @classmethod
@@ -164,6 +168,24 @@ def write_dense(slot: Slot, values: Tensor, dense: Tensor) -> None:
             packed = torch.where(changed, packed.to(values.dtype), values.detach())
         values.detach().copy_(packed)
         slot.mark_stale()
+
+
+def assign_dense(slot: Slot, values: Tensor, dense: Tensor) -> None:
+    """Take over ``dense`` as a parameter would: with its dtype, device and layout."""
+    dtype = values.dtype if slot.compute_dtype else dense.dtype
+    if (values.device, values.dtype) != (dense.device, dtype):
+        values.data = values.data.to(dense.device, dtype)
+    slot.memory_format = memory_format_of(dense)
+    slot.place(values)
+    write_dense(slot, values, dense)
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """channels_last where the tensor is laid out so and not contiguous, else contiguous."""
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout):
+            return torch.contiguous_format if tensor.is_contiguous() else layout
+    return torch.contiguous_format
 
 
 def warn_dropped(name: str) -> None:
@@ -255,7 +277,7 @@ def _set_data(view: DenseView, dense: Tensor) -> None:
             f"expected the dense shape {tuple(link.slot.pattern.shape)}; to change its shape, call "
             "sparse_comm.densify(model) first"
         )
-    write_dense(link.slot, link.values, plain)
+    assign_dense(link.slot, link.values, plain)
 
 
 def _get_grad(view: DenseView) -> DenseView | None:
@@ -365,10 +387,15 @@ def _grad_fn(view: DenseView) -> Any:
     return _Node(view._plain.grad_fn, view._link.slot.name)
 
 
-def _read_only_numpy(view: DenseView, *args: Any, **kwargs: Any) -> Any:
-    array = view._plain.numpy(*args, **kwargs)
-    array.flags.writeable = False
-    return array
+def _read_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For methods that give a NumPy array."""
+
+    def special(view: DenseView, *args: Any, **kwargs: Any) -> Any:
+        array = function(view._plain, *args, **kwargs)
+        array.flags.writeable = False
+        return array
+
+    return special
 
 
 def _plain_copy(view: DenseView, *_: Any) -> Tensor:
@@ -409,7 +436,9 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.retain_grad: lambda view: None,  # values, being a leaf, keep their gradient anyway
     Tensor.register_hook: _register_hook,
     Tensor.register_post_accumulate_grad_hook: _register_post_hook,
-    Tensor.numpy: _read_only_numpy,
+    Tensor.numpy: _read_only(Tensor.numpy),
+    Tensor.__array__: _read_only(Tensor.__array__),
+    Tensor.__dlpack__: lambda view, *args, **kw: _plain_copy(view).__dlpack__(*args, **kw),
     Tensor.__deepcopy__: _plain_copy,
     Tensor.__reduce_ex__: lambda view, protocol: _plain_copy(view).__reduce_ex__(protocol),
     Tensor.retains_grad.__get__: _retains_grad,  # type: ignore[attr-defined]

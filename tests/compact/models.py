@@ -163,7 +163,7 @@ def train(
         for part in range(accumulate):
             x, y = batch(seed + step * accumulate + part)
             with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-                out = (forward or model)(x.to(dtype))
+                out = (model if forward is None else forward)(x.to(dtype))
             loss = F.cross_entropy(out.float(), y) / accumulate
             loss.backward()
             losses.append(loss.item())

@@ -171,7 +171,9 @@ def states_that_do_not_fit(of: nn.Module) -> dict[str, dict[str, Tensor]]:
     """By what the message says; only the last masked parameter is bad."""
     masks, name = sparse_comm.masks_of(of), "1.1.1.weight"
     other = Deep()
-    nn.init.ones_(other[0].bias)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2).add_(1)
     sparse_comm.compact(other, {**masks, name: same_nnz_masks(masks)[name]})
     wrong = dict(sparse_comm.dense_state_dict(other), **{name: torch.ones(7, 34)})
     return {"holds the values of another pattern": other.state_dict(), "shape (7, 34)": wrong}

@@ -32,9 +32,7 @@ TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 def gpt2() -> nn.Module:
     """Tied embeddings, and Conv1D layers, whose weights are transposed."""
     return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, use_cache=False
-        )
+        GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, use_cache=False)
     ).eval()
 
 
@@ -224,7 +222,7 @@ def test_merging_lora_takes_effect_where_unpruned_and_warns(weights, safe, monke
 
 def test_unmerging_lora_gives_the_weights_back(weights):
     both = of(llama, weights)
-    ours, theirs = both.each(lora)
+    ours = lora(both.compact)
     before = ours(TOKENS).logits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -304,9 +302,7 @@ def test_the_trainer_trains_decays_saves_and_resumes(weights, tmp_path):
     run = trainer(resumed.compact, tmp_path / "resumed")
     run.optimizer = torch.optim.AdamW(resumed.compact.parameters(), lr=0.01, weight_decay=0.1)
     run.train(resume_from_checkpoint=str(tmp_path / "compact" / "checkpoint-1"))
-    same(
-        sparse_comm.dense_state_dict(resumed.compact), sparse_comm.dense_state_dict(both.compact)
-    )
+    same(sparse_comm.dense_state_dict(resumed.compact), sparse_comm.dense_state_dict(both.compact))
 
 
 def mask_gradients(both: Pair) -> None:

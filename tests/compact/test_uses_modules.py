@@ -1,4 +1,4 @@
-"""Modules of every kind compute, learn and convert when compact as the masked dense ones do."""
+"""Modules of every kind compute and learn when compact as the masked dense ones do."""
 
 from __future__ import annotations
 
@@ -10,36 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparse_comm
-from tests.compact.uses import MODES, linear, mask_like, noise, pair, same
+from tests.compact.uses import (
+    MODES,
+    mask_like,
+    noise,
+    pair,
+    same,
+    trains,
+)
 
 pytestmark = MODES
 
 
-def trains(both, *inputs, steps: int = 3) -> None:
-    """A few steps of SGD with momentum are the same, bit for bit."""
-    inputs = inputs or both.inputs
-    for module in (both.compact, both.dense):
-        module.train()
-    optimizers = [
-        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (both.compact, both.dense)
-    ]
-    for step in range(steps):
-        for module, optimizer in zip((both.compact, both.dense), optimizers, strict=True):
-            torch.manual_seed(step)
-            out = module(*inputs)
-            out = out[0] if isinstance(out, tuple) else out
-            out.square().mean().backward()
-            if module is both.dense:
-                for name, mask in both.masks.items():
-                    grad = module.get_parameter(name).grad
-                    if grad is not None:
-                        grad.masked_fill_(~mask, 0)
-            optimizer.step()
-            optimizer.zero_grad()
-    both.check()
-
-
 # ---------------------------------------------------------------- layers
+
 
 LAYERS = {
     "Linear": (lambda: nn.Linear(6, 5), (noise(3, 6),)),
@@ -276,6 +260,30 @@ def test_an_unused_layer_gets_no_gradient(weights):
     trains(pair(Unused, weights, noise(3, 6)))
 
 
+def test_a_frozen_layer_under_a_trained_one(weights):
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        model[2].requires_grad_(False)
+        return model
+
+    both = pair(make, weights, noise(3, 6))
+    assert not both.values("2.weight").requires_grad
+    trains(both)
+
+
+def test_train_and_eval_dropout_and_batch_norm(weights):
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
+
+    both = pair(make, weights, noise(5, 6))
+    both.use(lambda m: m(noise(5, 6)).sum().backward())
+    both.use(lambda m: m.eval())
+    both.check()
+
+
+# ---------------------------------------------------------------- forwards of all sorts
+
+
 def test_functions_of_the_weight_train_as_when_masked(weights):
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -309,133 +317,3 @@ def test_a_custom_autograd_function_of_the_weight_trains_as_when_masked(weights)
             return Function.apply(x, self.weight) + self.bias
 
     trains(pair(lambda: Layer(6, 5), weights, noise(3, 6)))
-
-
-# ---------------------------------------------------------------- shapes and masks at the edge
-
-
-class Scaled(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.weight).sum() + x.sum()
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (1,), (1, 1, 1), (2, 3, 2, 2, 2, 2)])
-@pytest.mark.parametrize("kept", [True, False])
-def test_parameters_of_any_shape_full_and_empty(weights, shape, kept):
-    masks = {"weight": torch.full(shape, kept)}
-    both = pair(lambda: Scaled(*shape), weights, noise(1).requires_grad_(), masks=masks)
-    trains(both)
-    both.use(lambda m: m.weight.data.fill_(2))
-    both.use(lambda m: m.double())
-    both.use(lambda m: m.float())
-    both.compact = copy.deepcopy(both.compact)
-    both.check()
-    assert both.values().shape == (torch.Size(shape).numel() if kept else 0,)
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_full_and_empty_masks_of_a_layer(weights, kept):
-    both = linear(weights, masks={"weight": torch.full((5, 6), kept)})
-    trains(both)
-    both.use(lambda m: m.reset_parameters())
-    both.check()
-    assert both.values().numel() == (30 if kept else 0)
-
-
-def test_a_pruned_bias_stays_zero(weights):
-    masks = {"weight": mask_like(noise(5, 6)), "bias": noise(5) > 0}
-    both = linear(weights, masks=masks)
-    trains(both)
-    both.use(lambda m: m.bias.data.fill_(1))
-    both.check()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinite_gradients_reach_unpruned_entries_only(weights, value):
-    both = linear(weights)
-    x = noise(3, 6)
-    x[0, 1] = value
-    optimizer = torch.optim.SGD(both.compact.parameters(), lr=0.1)
-    both.compact(x).sum().backward()
-    mask = both.masks["weight"]
-    grad = both.compact.weight.grad
-    assert not grad[~mask].any()
-    assert not grad[:, 1][mask[:, 1]].isfinite().any()
-    assert grad[:, [0, 2, 3, 4, 5]].isfinite().all()
-    optimizer.step()
-    weight = both.compact.weight.detach()
-    assert not weight[~mask].any()
-    assert not weight[:, 1][mask[:, 1]].isfinite().any()
-
-
-# ---------------------------------------------------------------- layouts and dtypes
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_channels_last_is_kept(weights, when):
-    def make() -> nn.Module:
-        conv = nn.Conv2d(4, 8, 3)
-        return conv.to(memory_format=torch.channels_last) if when == "before" else conv
-
-    both = pair(make, weights, noise(2, 4, 5, 5).to(memory_format=torch.channels_last))
-    if when == "after":
-        both.use(lambda m: m.to(memory_format=torch.channels_last))
-    assert both.compact.weight.is_contiguous(memory_format=torch.channels_last)
-    trains(both)
-    both.use(lambda m: m.weight.data[1].mul_(2))
-    both.use(lambda m: nn.init.normal_(m.weight))
-    both.check()
-    both.compact = copy.deepcopy(both.compact)
-    both.use(lambda m: m.double())
-    both.use(lambda m: m.float())
-    assert both.compact.weight.is_contiguous(memory_format=torch.channels_last)
-    both.check()
-    both.use(lambda m: m.to(memory_format=torch.contiguous_format))
-    assert both.compact.weight.is_contiguous()
-    both.check()
-
-
-def test_channels_last_3d_is_kept(weights):
-    both = pair(lambda: nn.Conv3d(2, 3, 2), weights, noise(1, 2, 3, 3, 3))
-    both.use(lambda m: m.to(memory_format=torch.channels_last_3d))
-    assert both.compact.weight.is_contiguous(memory_format=torch.channels_last_3d)
-    both.check()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_casts_there_and_back_are_those_of_the_dense_module(weights, dtype):
-    both = linear(weights)
-    both.use(lambda m: m.to(dtype))
-    assert both.compact.weight.dtype == both.values().dtype == dtype
-    both.check(noise(3, 6).to(dtype))
-    both.use(lambda m: m.float())
-    both.check()
-    both.use(lambda m: m.half())
-    both.use(lambda m: m.bfloat16())
-    both.use(lambda m: m.float())
-    trains(both)
-
-
-def test_a_frozen_layer_under_a_trained_one(weights):
-    def make() -> nn.Module:
-        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-        model[2].requires_grad_(False)
-        return model
-
-    both = pair(make, weights, noise(3, 6))
-    assert not both.values("2.weight").requires_grad
-    trains(both)
-
-
-def test_train_and_eval_dropout_and_batch_norm(weights):
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 4))
-
-    both = pair(make, weights, noise(5, 6))
-    both.use(lambda m: m(noise(5, 6)).sum().backward())
-    both.use(lambda m: m.eval())
-    both.check()

@@ -1,4 +1,4 @@
-"""What is asked of ``module.weight`` as a parameter: gradient, hooks, ties, copies, notes on it."""
+"""What is asked of ``module.weight`` as a parameter: gradient, hooks, copies, notes on it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sparse_comm
-from tests.compact.uses import MODES, linear, noise, pair, refused, same
+from tests.compact.uses import (
+    MODES,
+    linear,
+    noise,
+    pair,
+    refused,
+    same,
+)
 
 pytestmark = MODES
 
@@ -321,82 +327,3 @@ def test_copies_are_plain_tensors_of_their_own(weights):
             each.zero_()
     assert weight.clone().requires_grad
     both.check()
-
-
-# ---------------------------------------------------------------- ties
-
-
-def test_assigning_a_compact_weight_to_a_compact_one_ties_them(weights):
-    def make() -> nn.Module:
-        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
-        nn.init.normal_(model[1].weight)
-        return model
-
-    both = pair(make, weights, noise(3, 6))
-    for module in (both.compact, both.dense):
-        module[0].weight = module[1].weight
-    both.masks["0.weight"] = both.masks["1.weight"]
-    assert both.compact[0]._parameters["weight"] is both.compact[1]._parameters["weight"]
-    assert len(list(both.compact.parameters())) == 3
-    both.check()
-    both.use(lambda m: m[0].weight.data.mul_(2))
-    both.check()
-
-
-def test_assigning_a_weight_to_itself_changes_nothing(weights):
-    both = linear(weights)
-    values = both.values()
-    both.compact.weight = both.compact.weight
-    assert both.values() is values
-    both.check()
-
-
-def test_tying_compact_weights_of_different_shapes_raises(weights):
-    both, other = linear(weights), pair(lambda: nn.Linear(5, 6), weights, noise(3, 5))
-    with refused([both, other], ValueError, "'weight'", "(5, 6)", "(6, 5)"):
-        both.compact.weight = other.compact.weight
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_assigning_a_compact_weight_to_a_plain_module_raises(weights, grad):
-    both, plain = linear(weights), nn.Linear(6, 5)
-    weight = plain.weight
-    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as caught:
-        plain.weight = both.compact.weight
-    assert "before sparse_comm.compact, or after sparse_comm.densify" in str(caught.value)
-    assert plain.weight is weight
-    both.check()
-
-
-def test_assigning_the_parameter_of_a_plain_module_copies_it_without_a_tie(weights):
-    """As any dense parameter that is assigned. What trains the plain one does not reach the values."""
-    both, plain = linear(weights), nn.Linear(6, 5)
-    both.compact.weight = plain.weight
-    both.use(lambda m: m.weight.data.copy_(plain.weight.data))
-    both.check()
-    with torch.no_grad():
-        plain.weight.zero_()
-    both.check()
-
-
-def test_tied_embedding_and_linear_stay_tied(weights):
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(7, 6)
-            self.head = nn.Linear(6, 7, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.embedding(x).tanh())
-
-    both = pair(Tied, weights, torch.tensor([[0, 3, 6]]))
-    both.masks["head.weight"] = both.masks["embedding.weight"]
-    both.check()
-    assert [n for n, _ in both.compact.named_parameters()] == ["embedding.weight"]
-    both.use(lambda m: nn.init.normal_(m.head.weight))
-    both.check()
-    twin = copy.deepcopy(both.compact)
-    assert twin.head._parameters["weight"] is twin.embedding._parameters["weight"]
-    sparse_comm.densify(twin)
-    assert twin.head.weight is twin.embedding.weight

@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sparse_comm
 from sparse_comm.compact import view
-from tests.compact.uses import MODES, Pair, linear, mask_like, noise, pair, refused, same
+from tests.compact.uses import (
+    MODES,
+    Pair,
+    linear,
+    noise,
+    pair,
+    refused,
+    same,
+)
 
 pytestmark = MODES
 
+
 # ---------------------------------------------------------------- initialisers
+
 
 INITIALISERS = [
     lambda w: nn.init.uniform_(w),
@@ -154,51 +165,12 @@ def test_writes_of_a_tensor_with_history_to_frozen_weights_raise(weights):
     both.check()
 
 
-def test_data_assignment_takes_effect(weights):
-    both = linear(weights)
-
-    def assign(module: nn.Module) -> None:
-        module.weight.data = noise(5, 6, seed=3)
-        module.weight.data += 1
-        module.weight.data[2] *= 2
-        module.weight.data = module.weight.data * 3
-
-    both.use(assign)
-    both.check()
-
-
-def test_data_assignment_of_a_wrong_shape_raises(weights):
-    both = linear(weights)
-    with refused(both, ValueError, "'weight'", "(6, 5)", "(5, 6)"):
-        both.compact.weight.data = torch.ones(6, 5)
-
-
 def test_data_of_another_parameter_can_be_copied(weights):
     both, other = linear(weights), linear(weights)
     other.use(lambda m: m.weight.data.mul_(2))
     both.use(lambda m: m.weight.data.copy_(other.compact.weight.data))
     both.use(lambda m: m.bias.data.copy_(other.compact.bias.data))
     both.check()
-
-
-def test_numpy_gives_a_read_only_array(weights):
-    both = linear(weights)
-    array = both.compact.weight.detach().numpy()
-    same(torch.tensor(array), both.dense.weight)
-    with refused(both, ValueError, "read-only"):
-        array[0] = 1
-    with refused(both, ValueError, "read-only"):
-        both.compact.weight.data.numpy()[:] = 0
-    with torch.no_grad(), refused(both, ValueError, "read-only"):
-        both.compact.weight[1].numpy()[:] = 0
-
-
-def test_set_raises(weights):
-    both = linear(weights)
-    with torch.no_grad(), refused(both, RuntimeError, "'weight'", "copy"):
-        both.compact.weight.set_(torch.ones(5, 6))
-    with refused(both, RuntimeError, "'weight'", "copy"):
-        both.compact.weight.data.set_(torch.ones(5, 6))
 
 
 def test_what_a_write_drops_is_said_once(weights, monkeypatch):
@@ -226,11 +198,71 @@ def test_writes_to_a_bf16_weight_leave_other_fp32_values_as_they_were(weights):
     same(both.values()[1:], before[1:])
 
 
+def test_a_mask_of_one_entry_takes_writes(weights):
+    mask = torch.zeros(5, 6, dtype=torch.bool)
+    mask[2, 3] = True
+    both = linear(weights, masks={"weight": mask})
+    both.use(lambda m: m.weight.data.fill_(4))
+    assert both.values().tolist() == [4]
+    both.check()
+
+
+# ---------------------------------------------------------------- ways around torch's operators
+
+
+def test_numpy_gives_a_read_only_array(weights):
+    both = linear(weights)
+    array = both.compact.weight.detach().numpy()
+    same(torch.tensor(array), both.dense.weight)
+    with refused(both, ValueError, "read-only"):
+        array[0] = 1
+    with refused(both, ValueError, "read-only"):
+        both.compact.weight.data.numpy()[:] = 0
+    with torch.no_grad(), refused(both, ValueError, "read-only"):
+        both.compact.weight[1].numpy()[:] = 0
+
+
+def test_other_arrays_and_tensor_types_are_read_only_or_copies(weights):
+    both = linear(weights)
+    weight = both.compact.weight
+    for array in (np.asarray(weight.detach()), weight.data.__array__()):
+        with refused(both, ValueError, "read-only"):
+            array[0] = 1
+    for copied in (weight.as_subclass(torch.Tensor), torch.from_dlpack(weight.detach())):
+        assert type(copied) is torch.Tensor
+        same(copied, both.dense.weight)
+        with torch.no_grad():
+            copied.zero_()
+    both.check()
+
+
+def test_swapping_the_tensor_raises(weights):
+    both = linear(weights)
+    with refused(both, RuntimeError, "swap"):
+        torch.utils.swap_tensors(both.compact.weight, nn.Parameter(torch.ones(5, 6)))
+
+
+@pytest.mark.parametrize("change", ["t_", "squeeze_", "resize_", "transpose_"])
+def test_changing_the_shape_in_place_raises(weights, change):
+    both = linear(weights)
+    args = {"resize_": (2, 2), "transpose_": (0, 1)}.get(change, ())
+    with torch.no_grad(), refused(both, RuntimeError, f"{change}()", "sparse_comm.densify(model)"):
+        getattr(both.compact.weight, change)(*args)
+
+
+def test_set_raises(weights):
+    both = linear(weights)
+    with torch.no_grad(), refused(both, RuntimeError, "'weight'", "copy"):
+        both.compact.weight.set_(torch.ones(5, 6))
+    with refused(both, RuntimeError, "'weight'", "copy"):
+        both.compact.weight.data.set_(torch.ones(5, 6))
+
+
 # ---------------------------------------------------------------- tensors that are kept
 
 
 def test_a_kept_weight_follows_the_values(weights):
-    """A parameter is one tensor for good: ``w = m.weight`` must not go stale, nor write old values."""
+    """A parameter is one tensor for good: ``w = m.weight`` does not go stale."""
     both = linear(weights)
     ours, theirs = both.compact.weight, both.dense.weight
     row, dense_row = ours.data[0], theirs.data[0]
@@ -269,68 +301,6 @@ def test_a_weight_kept_from_no_grad_still_records_gradients(weights):
         assert weight.requires_grad
         weight.square().sum().backward()
     both.check_gradients()
-
-
-# ---------------------------------------------------------------- assignment
-
-
-def test_assigning_a_dense_parameter_packs_it(weights):
-    both = linear(weights)
-    values = both.values()
-
-    def assign(module: nn.Module) -> None:
-        module.weight = nn.Parameter(noise(5, 6, seed=3))
-
-    both.use(assign)
-    assert both.values() is values  # so optimizers go on with it
-    both.check()
-
-
-def test_assigning_a_frozen_parameter_freezes_the_values(weights):
-    both = linear(weights)
-
-    def assign(module: nn.Module) -> None:
-        module.weight = nn.Parameter(noise(5, 6, seed=3), requires_grad=False)
-
-    both.use(assign)
-    assert not both.values().requires_grad
-    both.check()
-
-
-def test_assigning_a_parameter_of_the_values_shape_replaces_them(weights):
-    both = linear(weights)
-    new = nn.Parameter(noise(int(both.masks["weight"].sum())))
-    both.compact.weight = new
-    assert both.values() is new
-    with torch.no_grad():
-        both.dense.weight[both.masks["weight"]] = new
-    both.check()
-
-
-def test_assigning_a_parameter_of_a_wrong_shape_raises(weights):
-    both = linear(weights)
-    with refused(both, ValueError, "'weight'", "(6, 5)", "(5, 6)"):
-        both.compact.weight = nn.Parameter(torch.ones(6, 5))
-    with refused(both, TypeError, "weight"):
-        both.compact.weight = torch.ones(5, 6)
-    with refused(both, TypeError, "weight"):
-        both.compact.weight = both.compact.weight.data
-    with refused(both, (ValueError, TypeError), "'weight'"):
-        both.compact.weight = nn.Parameter(torch.ones(5, 6).to_sparse())
-
-
-def test_assigning_none_takes_the_parameter_away(weights):
-    both = pair(lambda: nn.LayerNorm(6), weights, noise(3, 6), masks={"weight": noise(6) > 0})
-    both.compact.weight = both.dense.weight = None
-    both.masks.clear()
-    assert not sparse_comm.is_compact(both.compact)
-    both.check()
-
-
-def test_deleting_the_parameter_raises(weights):
-    both = linear(weights)
-    with refused(both, RuntimeError, "'weight'", "sparse_comm.densify(model)"):
-        del both.compact.weight
 
 
 # ---------------------------------------------------------------- tools that rewrite weights
@@ -375,6 +345,15 @@ def test_embedding_max_norm_set_after_compact_takes_effect(weights, bag):
     assert both.compact.weight[3].norm() <= 0.5001
 
 
+def test_embedding_sparse_set_after_compact_raises(weights):
+    both = pair(lambda: nn.Embedding(10, 4), weights, torch.tensor([1, 3]))
+    both.compact.sparse = True
+    with pytest.raises(NotImplementedError, match=r"sparse_comm::pack.*Sparse"):
+        both.compact(torch.tensor([1, 3])).sum().backward()
+    both.compact.sparse = False
+    both.check()
+
+
 def test_parameters_to_vector_and_back_takes_effect(weights):
     both = linear(weights)
     vector = nn.utils.parameters_to_vector(both.compact.parameters())
@@ -400,6 +379,17 @@ def test_writes_to_the_values_take_effect(weights):
         both.check()
 
 
+def test_initialisers_that_need_a_matrix_refuse_the_values(weights):
+    """Loops over parameters() see 1-D values: initialise by way of ``module.weight``."""
+    both = linear(weights)
+    with refused(both, ValueError, "Fan in and fan out"):
+        nn.init.xavier_uniform_(both.values())
+    with torch.no_grad():
+        nn.init.normal_(both.values(), std=0.1)
+        both.dense.weight[both.masks["weight"]] = both.values()
+    both.check()
+
+
 def test_replacing_the_data_of_the_values_takes_effect_each_time(weights):
     both = linear(weights)
     values = both.values()
@@ -418,16 +408,3 @@ def test_writes_through_data_of_the_values_take_effect_after_values_changed(weig
     both.dense.weight.data.mul_(2)
     sparse_comm.values_changed(both.compact)
     both.check()
-
-
-def test_a_mask_of_one_entry_takes_writes(weights):
-    mask = torch.zeros(5, 6, dtype=torch.bool)
-    mask[2, 3] = True
-    both = linear(weights, masks={"weight": mask})
-    both.use(lambda m: m.weight.data.fill_(4))
-    assert both.values().tolist() == [4]
-    both.check()
-
-
-def test_masks_like_is_neither_full_nor_empty(weights):
-    assert 0 < int(mask_like(torch.empty(5, 6)).sum()) < 30

@@ -14,7 +14,19 @@ from torch.utils._pytree import tree_leaves
 
 import sparse_comm
 
-__all__ = ["MODES", "Pair", "linear", "mask_", "mask_like", "noise", "pair", "refused", "same"]
+__all__ = [
+    "MODES",
+    "Pair",
+    "linear",
+    "mask_",
+    "mask_like",
+    "mlp",
+    "noise",
+    "pair",
+    "refused",
+    "same",
+    "trains",
+]
 
 MODES = pytest.mark.parametrize("weights", ["cached", "transient"])
 
@@ -65,6 +77,7 @@ class Pair:
         """Both hold the same dense weights, zero where pruned, under the same names."""
         ours, theirs = sparse_comm.dense_state_dict(self.compact), self.dense.state_dict()
         assert list(ours) == list(theirs)
+        assert ours._metadata.keys() == theirs._metadata.keys()
         for name, tensor in theirs.items():
             same(ours[name], tensor)
         for name, mask in self.masks.items():
@@ -107,6 +120,10 @@ def pair(
 
 def linear(weights: str, **options: Any) -> Pair:
     return pair(lambda: nn.Linear(6, 5), weights, noise(3, 6), **options)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 def mask_like(tensor: Tensor) -> Tensor:
@@ -154,3 +171,27 @@ def refused(pairs: Pair | list[Pair], error: type[Exception], *words: str) -> It
         assert word in str(caught.value)
     for each in pairs if isinstance(pairs, list) else [pairs]:
         each.check()
+
+
+def trains(both, *inputs, steps: int = 3) -> None:
+    """A few steps of SGD with momentum are the same, bit for bit."""
+    inputs = inputs or both.inputs
+    for module in (both.compact, both.dense):
+        module.train()
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (both.compact, both.dense)
+    ]
+    for step in range(steps):
+        for module, optimizer in zip((both.compact, both.dense), optimizers, strict=True):
+            torch.manual_seed(step)
+            out = module(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            out.square().mean().backward()
+            if module is both.dense:
+                for name, mask in both.masks.items():
+                    grad = module.get_parameter(name).grad
+                    if grad is not None:
+                        grad.masked_fill_(~mask, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+    both.check()
