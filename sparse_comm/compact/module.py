@@ -211,11 +211,13 @@ class _CompactPretrained:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Write the dense model, as an ordinary one would."""
-        from sparse_comm.compact.state import dense_state_dict
+        from sparse_comm.compact.state import expand_state
 
-        if kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = dense_state_dict(self)  # type: ignore[arg-type]
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        state = kwargs.pop("state_dict", None)
+        if state is None:
+            state = self.state_dict()  # type: ignore[attr-defined]
+        dense = expand_state(self, state)  # type: ignore[arg-type]
+        return super().save_pretrained(*args, state_dict=dense, **kwargs)  # type: ignore[misc]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sparse_comm.kernels import ops
@@ -42,7 +43,7 @@ class Slot:
         self.compute_dtype = compute_dtype
         self.memory_format = memory_format
         self.cache: Tensor | None = None
-        self.stamp = torch.full((2,), -1, dtype=torch.int64)
+        self.stamp = _new_stamp()
 
     def place(self, values: Tensor) -> None:
         """Follow ``values`` to their device and dtype; the next use expands anew."""
@@ -76,10 +77,7 @@ class Slot:
 
     def mark_stale(self) -> None:
         """Expand at the next use whatever the version of the values says."""
-        if self.stamp.is_inference():
-            self.stamp = torch.full((2,), -1, dtype=torch.int64)
-        else:
-            self.stamp.fill_(-1)
+        self.stamp.fill_(-1)
 
     def expand(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A new dense tensor from ``values``, differentiable; of their dtype if none is given."""
@@ -148,7 +146,7 @@ class Slot:
         like = state.pop("cache_like")
         state["memory_format"] = getattr(torch, state["memory_format"])
         self.__dict__.update(state)
-        self.stamp = torch.full((2,), -1, dtype=torch.int64)
+        self.stamp = _new_stamp()
         self.cache = None
         if like is not None:
             self.cache = torch.empty(
@@ -172,6 +170,11 @@ def is_sharded(tensor: Tensor | None) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def _new_stamp() -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be written to elsewhere
+        return torch.full((2,), -1, dtype=torch.int64, device="cpu")
 
 
 # Attribute by which the hooks on optimizers know values, and whose they are.
@@ -225,6 +228,7 @@ def _is_compiling_for_training() -> bool:
 
 
 def _functorch_active() -> bool:
+    """Or forward-mode differentiation: a registered operator would drop the tangent in silence."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

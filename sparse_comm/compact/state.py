@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparse_comm.compact.slot import Slot, is_sharded
 from sparse_comm.compact.view import warn_dropped
 from sparse_comm.mask_sync import compare_digests
 
-__all__ = ["check_masks", "check_state", "dense_state_dict", "pack_state"]
+__all__ = ["check_masks", "check_state", "dense_state_dict", "expand_state", "pack_state"]
 
 _EXTRA = "_extra_state"
 
@@ -102,7 +103,12 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Source: ours.
     """
-    state: dict[str, Any] = model.state_dict()
+    return expand_state(model, model.state_dict())
+
+
+def expand_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` of a compact model with dense weights in place of values, and without digests."""
+    state = copy.copy(state)  # with its _metadata, the versions of the modules
     for name, value in state.items():
         if is_sharded(value):
             state[name] = value.full_tensor()
@@ -112,7 +118,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
         prefix = f"{path}." if path else ""
         for name, slot in module._compact.items():
             values = state.get(prefix + name)
-            if values is None:
+            if values is None or tuple(values.shape) != (slot.pattern.nnz,):
                 continue
             with torch.no_grad():
                 pattern = slot.pattern.to(values.device)

@@ -142,10 +142,12 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"parameter {name!r} belongs to a ScriptModule, which cannot be compact: use the eager "
             "module, or leave it dense"
         )
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+    if isinstance(
+        module, nn.utils.parametrize.ParametrizationList
+    ) or nn.utils.parametrize.is_parametrized(module):
         raise ValueError(
-            f"parameter {name!r} is behind a parametrization: call torch.nn.utils.parametrize."
-            "remove_parametrizations first"
+            f"parameter {name!r}, or another of its module, is behind a parametrization: call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.max_norm is not None:

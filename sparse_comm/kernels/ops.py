@@ -6,6 +6,7 @@ Registered with the bare ``torch.library`` functions where the operator runs in 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def _(values: Tensor, bitmap: Tensor, offsets: Tensor, shape: Any, dtype: Any) -
 
 
 def _keep_pattern(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, ctx.bitmap, ctx.offsets, _, _ = inputs
+    source, ctx.bitmap, ctx.offsets, ctx.size, ctx.out_dtype = inputs
     ctx.shape, ctx.dtype = source.shape, source.dtype
 
 
@@ -86,7 +87,7 @@ expand = torch.ops.sparse_comm.expand.default
 
 
 class _Functorch(torch.autograd.Function):
-    """The operators under ``torch.func`` transforms, which registered autograd does not support.
+    """The operators where registered autograd falls short: ``torch.func`` and forward mode.
 
     ``vmap`` makes one call a batch element: correct, and per-sample gradients are rare.
     """
@@ -109,6 +110,10 @@ class Pack(_Functorch):
         return dense, None, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return Pack.apply(tangent, ctx.bitmap, ctx.offsets, ctx.size, ctx.out_dtype)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return _batched(Pack, in_dims, *args)
 
@@ -126,6 +131,10 @@ class Expand(_Functorch):
         return values, None, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return Expand.apply(tangent, ctx.bitmap, ctx.offsets, ctx.size, ctx.out_dtype)
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return _batched(Expand, in_dims, *args)
 
@@ -139,12 +148,16 @@ def _batched(function: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tenso
 # The values a cache was last brought up to date with, by its stamp. Held so that their memory
 # cannot be reused by other values of the same version: an equal stamp then means equal values.
 _SEEN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_REFRESHING = threading.Lock()
 
 
 def refresh_now(
     cache: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, stamp: Tensor
 ) -> None:
     """Expand ``values`` into ``cache`` if they changed since the last time.
+
+    Always, if nothing would tell: other processes write to shared memory, and inference tensors
+    are written, without a new version.
 
     Args:
         cache: dense tensor of the parameter's shape, of any layout; written.
@@ -156,16 +169,19 @@ def refresh_now(
 
     Source: ours.
     """
-    now = [values._version, values.data_ptr()]
-    if stamp.tolist() == now:
+    counted = not values.is_inference() and (values.device.type != "cpu" or not values.is_shared())
+    now = [values._version if counted else -1, values.data_ptr()]
+    if counted and stamp.tolist() == now:
         return
-    with torch.no_grad():
+    with _REFRESHING, torch.no_grad():  # expanding zeroes first, which another thread could read
+        if counted and stamp.tolist() == now:
+            return
         if cache.is_contiguous():
             expand_into(cache, values, bitmap, offsets)
         else:
             cache.copy_(_expand(values, bitmap, offsets, cache.shape, cache.dtype))
-        stamp.copy_(torch.tensor(now))
-    _SEEN[stamp] = values.detach()
+        stamp.copy_(torch.tensor(now, device="cpu"))
+        _SEEN[stamp] = values.detach()
 
 
 @torch.library.custom_op("sparse_comm::refresh", mutates_args=("cache", "stamp"))
