@@ -106,6 +106,19 @@ def table_rows(stages: list[StageResult]) -> list[Row]:
     return rows
 
 
+def _wire_note(stage: StageResult, density: float) -> str:
+    """Whose bytes they are, and how close they come to density × dense."""
+    text = f"Bytes on the wire, {stage.name}, per rank and step: {stage.counted}."
+    dense, compact = (stage.wire_bytes(side) for side in SIDES)
+    if not dense or not compact:
+        return text
+    sent = median(compact) / median(dense)
+    return (
+        f"{text} Compact sends {sent:.4f} of dense, which is {sent / density:.3f} of the density "
+        f"f = {density:.4f} (unpruned parameters over all, unmasked ones included)."
+    )
+
+
 def ratio_interval(dense: list[float], compact: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the ratio of medians."""
 
@@ -155,7 +168,7 @@ def notes(stages: list[StageResult], settings: Settings, why_no_link: str | None
         "communication; the step time is that of the slower rank.",
         "gloo's threads share the cores with the computation, so hidden communication is not "
         "free: it slows the backward pass, which shows in the step time only.",
-        *(f"Bytes on the wire, {s.name}, per rank and step: {s.counted}." for s in stages),
+        *(_wire_note(stage, 1 - pruned / parameters) for stage in stages),
         "Model state, per rank: parameters, gradients, optimizer state, sparsity pattern and "
         "cached dense weights, counted from the live tensors. The dense side's masks are not "
         "counted.",

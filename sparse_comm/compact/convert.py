@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from sparse_comm.compact.link import memory_format_of
 from sparse_comm.compact.module import (
     CompactModule,
     become_compact,
     become_plain,
     compact_slots,
-    memory_format_of,
 )
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
 from sparse_comm.compact.slot import MARK, Mode, Slot, is_sharded

@@ -6,22 +6,22 @@ own name; a property of that name gives the dense weight, so ``forward`` finds w
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_comm.compact.kinds import CompactPretrained, CompactRNN
+from sparse_comm.compact.link import assign_dense, memory_format_of
 from sparse_comm.compact.slot import MARK, Slot, is_sharded, mark
-from sparse_comm.compact.view import DenseView, assign_dense, memory_format_of
+from sparse_comm.compact.view import DenseView
 
 __all__ = [
     "CompactModule",
     "become_compact",
     "become_plain",
     "compact_slots",
-    "memory_format_of",
     "weight_of",
 ]
 
@@ -183,60 +183,6 @@ class _Digests:
             inner.set_extra_state(self, state["module"] if _is_ours(state) else state)
 
 
-class _CompactRNN:
-    """For RNNs, which keep a second list of their weights: it is read off the attributes."""
-
-    _flat_weights_names: list[str]
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: Any) -> None:
-        pass
-
-    def _init_flat_weights(self) -> None:
-        pass
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        """Nothing: cuDNN's flat buffer would alias weights that live for one use only."""
-
-
-class _CompactPretrained:
-    """For Hugging Face models, which would write values as if they were weights."""
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the dense model, as an ordinary one would."""
-        from sparse_comm.compact.state import expand_state
-
-        state = kwargs.pop("state_dict", None)
-        if state is None:
-            state = self.state_dict()  # type: ignore[attr-defined]
-        dense = expand_state(self, state)  # type: ignore[arg-type]
-        return super().save_pretrained(*args, state_dict=dense, **kwargs)  # type: ignore[misc]
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Refused for compact embeddings and heads: the new rows would have no mask."""
-        model: Any = self
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if isinstance(module, CompactModule) and "weight" in module._compact:
-                slot = module._compact["weight"]
-                if args or kwargs or new_num_tokens not in (None, slot.pattern.shape[0]):
-                    raise RuntimeError(
-                        f"cannot resize compact parameter {slot.name!r}: call sparse_comm."
-                        "densify(model) first, resize, and compact with masks of the new shape"
-                    )
-        return super().resize_token_embeddings(  # type: ignore[misc]
-            new_num_tokens, *args, **kwargs
-        )
-
-
 _subclasses: dict[tuple[type[nn.Module], bool], type[CompactModule]] = {}
 
 
@@ -248,9 +194,9 @@ def _subclass(base: type[nn.Module], has_slots: bool) -> type[CompactModule]:
     if (base, has_slots) not in _subclasses:
         extra: tuple[type, ...] = (_Digests,) if has_slots else ()
         if issubclass(base, nn.RNNBase):
-            extra += (_CompactRNN,)
+            extra += (CompactRNN,)
         if hasattr(base, "save_pretrained"):
-            extra += (_CompactPretrained,)
+            extra += (CompactPretrained,)
         names = {
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
@@ -360,9 +306,7 @@ def weight_of(module: CompactModule, name: str) -> Tensor | None:
         or torch._C._are_functorch_transforms_active()
     ):
         return slot.weight(values)
-    view = DenseView.of(slot, values)
-    _last[module] = name, weakref.ref(view), tuple(module._parameters)
-    return view
+    return DenseView.of(slot, values)
 
 
 def _fits(values: Tensor, slot: Slot) -> bool:
@@ -417,21 +361,13 @@ def _tie(module: CompactModule, name: str, view: DenseView) -> None:
     nn.Module.register_parameter(module, name, values)  # type: ignore[arg-type]
 
 
-# Of each module: the attribute last asked for, what it gave, and the names of all parameters.
-_last: weakref.WeakKeyDictionary[CompactModule, Any] = weakref.WeakKeyDictionary()
-
-
 def _check_none_removed(module: CompactModule) -> None:
-    """Refuse the old weight_norm, which takes a parameter out by hand; puts it back."""
     for name, slot in module._compact.items():
         if name not in module._parameters:
-            asked, view, order = _last.get(module, (None, None, ()))
-            if asked == name and view() is not None:
-                found = {**module._parameters, name: view()._link.values}
-                module._parameters = {key: found[key] for key in order}
             raise RuntimeError(
                 f"compact parameter {slot.name!r} was taken out of its module (the old "
-                "torch.nn.utils.weight_norm does so): call sparse_comm.densify(model) before"
+                "torch.nn.utils.weight_norm does so), which is now without it: call "
+                "sparse_comm.densify(model) before"
             )
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sparse_comm.compact.link import warn_dropped
 from sparse_comm.compact.module import CompactModule, compact_slots
 from sparse_comm.compact.slot import Slot, is_sharded
-from sparse_comm.compact.view import warn_dropped
 from sparse_comm.mask_sync import compare_digests
 
 __all__ = ["check_masks", "check_state", "dense_state_dict", "expand_state", "pack_state"]

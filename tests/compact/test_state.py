@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sparse_comm
-from sparse_comm.compact import view
+from sparse_comm.compact import link
 from tests.compact.models import (
     ConvNet,
     Masks,
@@ -111,7 +111,7 @@ def test_the_dense_state_dict_is_what_a_plain_model_saves_and_loads(model):
 
 
 def test_dense_weights_that_are_not_zero_where_pruned_are_dropped_with_a_warning(monkeypatch):
-    monkeypatch.setattr(view, "_warned_dropped", False)
+    monkeypatch.setattr(link, "_warned_dropped", False)
     compact, state = fresh(), mlp().state_dict()
     with pytest.warns(UserWarning, match=r"'0\.weight' has non-zero entries where it is pruned"):
         compact.load_state_dict(state)

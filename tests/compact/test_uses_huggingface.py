@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import sparse_comm
-from sparse_comm.compact import view
+from sparse_comm.compact import link
 from tests.compact.uses import MODES, Pair, mask_, mask_like, noise, pair, refused, same
 
 pytestmark = MODES
@@ -211,7 +211,7 @@ def llama_of(model: PeftModel) -> nn.Module:
 def test_merging_lora_takes_effect_where_unpruned_and_warns(weights, safe, monkeypatch):
     both = of(llama, weights)
     ours, theirs = both.each(lora)
-    monkeypatch.setattr(view, "_warned_dropped", False)
+    monkeypatch.setattr(link, "_warned_dropped", False)
     with pytest.warns(UserWarning, match="non-zero entries where it is pruned; they stay zero"):
         merged = ours.merge_and_unload(safe_merge=safe)
     assert sparse_comm.is_compact(merged)

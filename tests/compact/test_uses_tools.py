@@ -38,7 +38,6 @@ ON_TOP = {
     "weight_norm": parametrizations.weight_norm,
     "spectral_norm": parametrizations.spectral_norm,
     "orthogonal": parametrizations.orthogonal,
-    "the old weight_norm": torch.nn.utils.weight_norm,
     "the old spectral_norm": torch.nn.utils.spectral_norm,
     "prune.l1_unstructured": lambda m: prune.l1_unstructured(m, "weight", 0.5),
     "prune.ln_structured": lambda m: prune.ln_structured(m, "weight", 0.5, n=2, dim=0),
@@ -69,10 +68,13 @@ def test_global_pruning_on_top_raises(weights):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_the_old_weight_norm_on_an_rnn_leaves_the_order_of_its_parameters(weights):
-    both = pair(lambda: nn.LSTM(4, 3), weights, noise(2, 1, 4))
-    with refused(both, RuntimeError, "'weight_hh_l0'", "sparse_comm.densify"):
-        torch.nn.utils.weight_norm(both.compact, "weight_hh_l0")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.LSTM(4, 3)])
+def test_the_old_weight_norm_raises_though_it_takes_the_weight_away(weights, make):
+    module = make()
+    name = next(iter(module._parameters))
+    sparse_comm.compact(module, {name: mask_like(module._parameters[name])}, weights=weights)
+    with pytest.raises(RuntimeError, match=rf"'{name}'.*densify\(model\) before"):
+        torch.nn.utils.weight_norm(module, name)
 
 
 def test_parametrizations_below_are_refused(weights):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparse_comm
-from sparse_comm.compact import view
+from sparse_comm.compact import link
 from tests.compact.uses import (
     MODES,
     Pair,
@@ -174,7 +174,7 @@ def test_data_of_another_parameter_can_be_copied(weights):
 
 
 def test_what_a_write_drops_is_said_once(weights, monkeypatch):
-    monkeypatch.setattr(view, "_warned_dropped", False)
+    monkeypatch.setattr(link, "_warned_dropped", False)
     both = linear(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
