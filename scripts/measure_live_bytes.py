@@ -169,7 +169,8 @@ def write(rows: list[Row], options: argparse.Namespace, origin: dict[str, str]) 
         "*Most at once*: how many large tensors were alive together in backward, resident ones "
         "apart; 2 are the weight and the gradient of one layer.",
         "A dense model has all of its dense gradients at the end of backward. Under FSDP2 the "
-        "dense model's peak in backward differs between runs (19 to 24 were seen).",
+        "dense model's counts differ between runs (after forward 4.75 to 7.76, in backward 19 to "
+        "24 were seen).",
         "*Cached* under FSDP2 keeps no cache (nothing resident): weights are expanded at each use, "
         "and autograd keeps them until backward. Use *transient* there. Compiled with aot_eager, a "
         "backend for debugging, *cached* holds a second copy of the caches from forward to "

@@ -24,10 +24,10 @@ __all__ = ["expand_again_in_backward"]
 class _Recipe:
     """How to make a saved tensor again: expand, cast, and take a view."""
 
-    __slots__ = ("dense_dtype", "dtype", "slot", "values", "version", "view")
+    __slots__ = ("dense_dtype", "dtype", "pattern", "slot", "values", "version", "view")
 
     def __init__(self, slot: Slot, values: Tensor, base: Tensor, saved: Tensor) -> None:
-        self.slot = slot
+        self.slot, self.pattern = slot, slot.pattern
         # The parameter itself: a sharding framework may give it other memory in backward.
         self.values = values if isinstance(values, torch.nn.Parameter) else values.detach()
         self.version = values._version
@@ -35,7 +35,7 @@ class _Recipe:
         self.view = (saved.size(), saved.stride(), saved.storage_offset())
 
     def make(self) -> Tensor:
-        if self.values._version != self.version:
+        if self.values._version != self.version or self.slot.pattern != self.pattern:
             raise RuntimeError(
                 f"the values of compact parameter {self.slot.name!r} changed between forward and "
                 "backward (optimizer step, load_state_dict or another in-place write); a "
