@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 # several processes share the cores
 export MPLCONFIGDIR="$PWD/.sparse_comm_cache/matplotlib"
+export TORCHINDUCTOR_CACHE_DIR="$PWD/.sparse_comm_cache/inductor"
 
 bash scripts/setup_env.sh dev
 

@@ -35,7 +35,7 @@ class _Recipe:
         self.view = (saved.size(), saved.stride(), saved.storage_offset())
 
     def make(self) -> Tensor:
-        if self.values._version != self.version or self.slot.pattern != self.pattern:
+        if self.values._version != self.version or self.slot.pattern is not self.pattern:
             raise RuntimeError(
                 f"the values of compact parameter {self.slot.name!r} changed between forward and "
                 "backward (optimizer step, load_state_dict or another in-place write); a "
