@@ -10,7 +10,8 @@ import torch.distributed.fsdp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sparse_comm import check_masks, summary
+from sparse_comm import check_masks
+from sparse_comm.compact.module import compact_slots
 
 __all__ = ["fully_shard"]
 
@@ -50,14 +51,17 @@ def fully_shard(
         groups = list(mesh.get_all_groups())
     for group in groups:
         check_masks(module, group)
-    cached = [row.name for row in summary(module).rows if row.state == "cached"]
+    cached = {name: slot for name, _, _, slot in compact_slots(module) if slot.cache is not None}
     if cached:
+        name, *others = cached
         warnings.warn(
-            f"weights='cached' keeps the dense weights of {cached[0]!r} and {len(cached) - 1} "
-            "others from forward to backward on every rank, unsharded; compact(model, masks, "
+            f"weights='cached' keeps the dense weights of {name!r} and {len(others)} other "
+            "parameters from forward to backward on every rank, unsharded; compact(model, masks, "
             "weights='transient') does not",
             stacklevel=2,
         )
+        for slot in cached.values():
+            slot.cache = None  # of no use to sharded values
     ignored = set(ignored_params or ())
     for parameter in module.parameters():
         if parameter.numel() == 0:

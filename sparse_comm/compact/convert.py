@@ -5,6 +5,7 @@ All or nothing: everything is checked and every new tensor made before the model
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -20,8 +21,9 @@ from sparse_comm.compact.module import (
     compact_slots,
 )
 from sparse_comm.compact.optimizer import Change, carry_over, check_optimizer, replaced
-from sparse_comm.compact.slot import MARK, Mode, Slot, is_sharded
+from sparse_comm.compact.slot import Mode, Slot, is_sharded
 from sparse_comm.compact.validate import check_model, check_unwrapped, choose, parameter_places
+from sparse_comm.compact.watch import MARK
 from sparse_comm.pattern import SparsityPattern
 
 __all__ = ["compact", "densify", "is_compact", "like", "masks_of", "values_changed"]
@@ -85,6 +87,13 @@ def compact(
         changes.append(Change(name, old, new, slot.pack))
     if optimizer is not None:
         check_optimizer(optimizer, changes)
+    if empty := [c.name for c in changes if c.old.numel() and not c.new.numel()]:
+        warnings.warn(
+            f"nothing of {', '.join(map(repr, empty[:3]))}{', …' if empty[3:] else ''} is "
+            "unpruned: such a layer passes nothing on (global pruning of an untrained model does "
+            "that; scope='layer' does not)",
+            stacklevel=2,
+        )
     # Nothing below refuses. Modules on the way to a compact one check a whole state dict before
     # torch, which goes down module by module, loads any of it.
     become_compact(model, {})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_comm.compact.slot import Slot
+from sparse_comm.compact.watch import REPLACED
 
 __all__ = ["Link", "assign_dense", "memory_format_of", "warn_dropped", "write_dense"]
 
@@ -24,10 +25,21 @@ class Link:
     def follow(self) -> None:
         """Bring the dense tensor up to date, if it was kept while the values changed."""
         if _version(self.values) != self.version and self.values.untyped_storage().nbytes():
+            if torch._C._current_graph_task_id() != -1:  # a custom autograd.Function saved it
+                raise RuntimeError(
+                    f"the values of compact parameter {self.slot.name!r} changed between forward "
+                    "and a backward that reads its dense weight: run backward first"
+                )
             self.restore()
 
     def write_back(self) -> None:
         """Pack what was written to the dense tensor, and zero its pruned entries again."""
+        if hasattr(self.values, REPLACED):
+            raise RuntimeError(
+                f"write to a dense weight of {self.slot.name!r} that was kept while its values "
+                "were replaced (densify, update_masks or load_state_dict(assign=True)): take the "
+                "module's attribute anew"
+            )
         write_dense(self.slot, self.values, self.base.detach())
         self.restore()
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from sparse_comm.compact.kinds import CompactPretrained, CompactRNN
 from sparse_comm.compact.link import assign_dense, memory_format_of
-from sparse_comm.compact.slot import MARK, Slot, is_sharded, mark
+from sparse_comm.compact.slot import Slot, is_sharded, mark
 from sparse_comm.compact.view import DenseView
+from sparse_comm.compact.watch import MARK, REPLACED
 
 __all__ = [
     "CompactModule",
@@ -50,6 +51,9 @@ class CompactModule(nn.Module):
             del self._compact[name]
             super().register_parameter(name, None)
         elif tuple(param.shape) == (slot.pattern.nnz,):
+            old = self._parameters.get(name)
+            if old is not None and old is not param:
+                setattr(old, REPLACED, slot.name)
             super().register_parameter(name, param)
             slot.place(param)
         elif type(param.data) is not Tensor or param.layout != torch.strided:

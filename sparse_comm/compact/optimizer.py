@@ -1,29 +1,16 @@
-"""Optimizers over compact parameters: carrying state over, what is refused, and their writes.
-
-The checks run in a step pre-hook that ``torch.optim`` offers to all optimizers
-(``register_optimizer_step_pre_hook``): once an optimizer, and once more when its groups or any
-parameters changed. A post-hook counts each step as a write to the values.
-"""
+"""Optimizers over compact parameters: carrying groups and state over, and weight-decay groups."""
 
 from __future__ import annotations
 
-import functools
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from sparse_comm.compact.module import compact_slots
-from sparse_comm.compact.slot import MARK
+from sparse_comm.compact.watch import REPLACED, checked, refuse_matrix_optimizer
 
 __all__ = [
     "Change",
@@ -31,10 +18,7 @@ __all__ = [
     "check_optimizer",
     "param_groups",
     "replaced",
-    "watch_optimizers",
 ]
-
-NEEDS_MATRICES = ("Adafactor", "Muon")
 
 
 @dataclass
@@ -59,7 +43,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, changes: Sequence[Change])
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    _refuse_matrix_optimizer(optimizer)
+    refuse_matrix_optimizer(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if changes and not any(id(change.old) in held for change in changes):
         raise ValueError(
@@ -94,6 +78,13 @@ def carry_over(optimizer: torch.optim.Optimizer, changes: Sequence[Change]) -> N
             }
 
 
+def replaced(changes: Sequence[Change]) -> None:
+    """Remember, for optimizers that hold them, that these parameters train nothing any more."""
+    for change in changes:
+        setattr(change.old, REPLACED, change.name)
+    checked.clear()
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups with weight decay for matrices and none for vectors and numbers.
 
@@ -122,79 +113,3 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             (decay if matrix else rest).append(parameter)
     groups = ((decay, weight_decay), (rest, 0.0))
     return [{"params": params, "weight_decay": wd} for params, wd in groups if params]
-
-
-_REPLACED = "_sparse_comm_replaced"  # attribute of a parameter that belongs to no model any more
-# How many parameters each optimizer had when it passed the checks.
-_checked: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
-
-
-def replaced(changes: Sequence[Change]) -> None:
-    """Remember, for optimizers that hold them, that these parameters train nothing any more."""
-    for change in changes:
-        setattr(change.old, _REPLACED, change.name)
-    _checked.clear()
-
-
-@functools.cache
-def watch_optimizers() -> None:
-    """From the first compact parameter of the process on.
-
-    The hooks run outside compiled code: there, fused kernels would leave the version alone, too.
-    (``disable`` imports the compiler, a second; so does building an optimizer, but not importing
-    this package.)
-    """
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
-    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused kernels and writes through ``.data`` leave a tensor's version as it was."""
-    increment_version(
-        [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
-    )
-
-
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if _checked.get(optimizer) == count:
-        return
-    decays = False
-    undecayed = None
-    for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0)
-        decays |= bool(decay)
-        for p in group["params"]:
-            if name := getattr(p, _REPLACED, None):
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} holds the parameter {name!r} as it was before "
-                    "sparse_comm replaced it (compact, densify or update_masks): build the "
-                    "optimizer afterwards, or pass it: compact(model, masks, optimizer=optimizer)"
-                )
-            if name_ndim := getattr(p, MARK, None):
-                _refuse_matrix_optimizer(optimizer)
-                if not decay and name_ndim[1] >= 2:
-                    undecayed = undecayed or name_ndim[0]
-    if decays and undecayed:
-        warnings.warn(
-            f"{type(optimizer).__name__} decays some weights, but not the matrix {undecayed!r}, "
-            "whose values are 1-D: grouping by p.dim() >= 2 puts them with the biases. Use "
-            "sparse_comm.param_groups(model, weight_decay), or ignore this if it is meant",
-            stacklevel=4,
-        )
-    _checked[optimizer] = count
-
-
-def _refuse_matrix_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    name = type(optimizer).__name__
-    if name in NEEDS_MATRICES:
-        raise TypeError(
-            f"{name} works on matrices, and compact values are 1-D: "
-            + (
-                "it would lose its factored second moment"
-                if name == "Adafactor"
-                else "it cannot orthogonalise them"
-            )
-            + "; use an elementwise optimizer (SGD, Adam, AdamW, …), or give it only the "
-            "parameters that stay dense"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from sparse_comm.compact.watch import MARK, REPLACED, watch_optimizers
 from sparse_comm.kernels import ops
 from sparse_comm.pattern import SparsityPattern
 
@@ -73,6 +75,13 @@ class Slot:
         For sharded values: FSDP2 gathers them into the same memory under the same version, so
         nothing tells whether a cache is stale, and it would be a whole copy on every rank.
         """
+        if self.cache is not None:
+            warnings.warn(
+                "weights='cached' keeps no cache of sharded values: their dense weights live from "
+                "forward to backward on every rank, unsharded; compact(model, masks, "
+                "weights='transient') keeps none",
+                stacklevel=2,
+            )
         self.cache = None
 
     def mark_stale(self) -> None:
@@ -177,15 +186,10 @@ def _new_stamp() -> Tensor:
         return torch.full((2,), -1, dtype=torch.int64, device="cpu")
 
 
-# Attribute by which the hooks on optimizers know values, and whose they are.
-MARK = "_sparse_comm"
-
-
 def mark(values: Tensor, slot: Slot) -> None:
     """Note on the values the name of their parameter and its number of dimensions."""
-    from sparse_comm.compact.optimizer import watch_optimizers
-
     watch_optimizers()
+    values.__dict__.pop(REPLACED, None)
     setattr(values, MARK, (slot.name, len(slot.pattern.shape)))
 
 

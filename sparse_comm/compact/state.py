@@ -41,7 +41,14 @@ def check_state(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
         digests = _digests(state.get(at + _EXTRA), module)
         for name, slot in module._compact.items():
             given = state.get(at + name)
-            if not isinstance(given, Tensor) or _is_dense(given, slot):
+            if not isinstance(given, Tensor):
+                continue
+            if _is_dense(given, slot):
+                if is_sharded(module._parameters[name]):
+                    problems.append(
+                        f"{at + name!r} is sharded here and dense in the state: load dense states "
+                        "before fully_shard"
+                    )
                 continue
             nnz, shape = slot.pattern.nnz, tuple(slot.pattern.shape)
             if tuple(given.shape) != (nnz,):
