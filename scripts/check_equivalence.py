@@ -16,8 +16,7 @@ from rich.console import Console
 
 from lib import results
 from lib.equivalence_rank import BATCH, CONTEXT, LAYERS, LR, WIDTH, Case, Job, Layout, Mode
-from lib.job import add_bar, progress_bars, run_job
-from lib.launch import RankFailed, stop_on_signals
+from lib.job import add_bar, progress_bars, run_job, run_script
 
 FP32_LOSS_LIMIT = 1e-5  # where roundings may differ: fused kernels, another order of additions
 BF16_LOSS_LIMIT = 5e-3
@@ -82,25 +81,15 @@ class Row:
 
 def main() -> int:
     options = parse_arguments()
-    stop_on_signals()
-    console = Console()
-    errors = Console(stderr=True, markup=False, highlight=False)
-    origin = results.origin()
-    try:
-        rows = run_all(options, console)
-    except RankFailed as error:
-        errors.print(f"{error}\nThe check failed; everything that it started was stopped.")
-        return 1
-    except KeyboardInterrupt:
-        errors.print("Stopped; no process is left.")
-        return 130
-    write(rows, options, origin)
-    wrong = [row for row in rows if not row.as_expected]
-    for row in wrong:
-        errors.print(f"Not as expected: {row}")
-    console.print(f"{len(rows) - len(wrong)} of {len(rows)} pairs of trainings are as expected.")
-    console.print(f"Written: equivalence.md and equivalence.json in {options.out}")
-    return 1 if wrong else 0
+    return run_script(
+        "The check",
+        options.out,
+        "equivalence.md and equivalence.json",
+        measure=lambda console: run_all(options, console),
+        write=lambda rows, origin: write(rows, options, origin),
+        is_wrong=lambda row: not row.as_expected,
+        complaint="Not as expected",
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,8 +113,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("results/equivalence"),
-        help="folder for the results (default: %(default)s)",
+        default=results.FOLDER / "equivalence",
+        help="folder for the results (default: results/equivalence of the checkout)",
     )
     options = parser.parse_args()
     if options.steps < 1:

@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lib import results
-from lib.job import add_bar, progress_bars, run_job
-from lib.launch import RankFailed, stop_on_signals
+from lib.job import add_bar, progress_bars, run_job, run_script
 from lib.live_bytes_rank import CONTEXT, RUNS, Case, Weights
 
 LIMIT = 2.0  # largest layers
@@ -50,24 +49,15 @@ class Row:
 
 def main() -> int:
     options = parse_arguments()
-    stop_on_signals()
-    console = Console()
-    errors = Console(stderr=True, markup=False, highlight=False)
-    origin = results.origin()
-    try:
-        rows = run_all(options, console)
-    except RankFailed as error:
-        errors.print(f"{error}\nThe measurement failed; everything that it started was stopped.")
-        return 1
-    except KeyboardInterrupt:
-        errors.print("Stopped; no process is left.")
-        return 130
-    write(rows, options, origin)
-    wrong = [row for row in rows if not row.as_expected]
-    for row in wrong:
-        errors.print(f"Above the limit: {row}")
-    console.print(f"Written: live_bytes.md and live_bytes.json in {options.out}")
-    return 1 if wrong else 0
+    return run_script(
+        "The measurement",
+        options.out,
+        "live_bytes.md and live_bytes.json",
+        measure=lambda console: run_all(options, console),
+        write=lambda rows, origin: write(rows, options, origin),
+        is_wrong=lambda row: not row.as_expected,
+        complaint="Above the limit",
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,8 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("results/live_bytes"),
-        help="folder for the results (default: %(default)s)",
+        default=results.FOLDER / "live_bytes",
+        help="folder for the results (default: results/live_bytes of the checkout)",
     )
     options = parser.parse_args()
     if options.width % 64 or options.width < 256:

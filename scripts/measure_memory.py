@@ -17,8 +17,7 @@ from statistics import fmean
 from rich.console import Console
 
 from lib import memory_plot, results
-from lib.job import add_bar, progress_bars, run_job
-from lib.launch import RankFailed, stop_on_signals
+from lib.job import add_bar, progress_bars, run_job, run_script
 from lib.memory_rank import CONTEXT, STEPS
 
 TOLERANCE = 0.05
@@ -109,24 +108,15 @@ class Row:
 
 def main() -> int:
     options = parse_arguments()
-    stop_on_signals()
-    console = Console()
-    errors = Console(stderr=True, markup=False, highlight=False)
-    origin = results.origin()
-    try:
-        rows = run_all(options, console)
-    except RankFailed as error:
-        errors.print(f"{error}\nThe measurement failed; everything that it started was stopped.")
-        return 1
-    except KeyboardInterrupt:
-        errors.print("Stopped; no process is left.")
-        return 130
-    write(rows, options, origin)
-    wrong = [row for row in rows if abs(row.deviation) > TOLERANCE]
-    for row in wrong:
-        errors.print(f"More than {TOLERANCE:.0%} from the formula: {row}")
-    console.print(f"Written: memory.md, memory.json and memory.png in {options.out}")
-    return 1 if wrong else 0
+    return run_script(
+        "The measurement",
+        options.out,
+        "memory.md, memory.json and memory.png",
+        measure=lambda console: run_all(options, console),
+        write=lambda rows, origin: write(rows, options, origin),
+        is_wrong=lambda row: abs(row.deviation) > TOLERANCE,
+        complaint=f"More than {TOLERANCE:.0%} from the formula",
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,8 +145,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("results/memory"),
-        help="folder for the results (default: %(default)s)",
+        default=results.FOLDER / "memory",
+        help="folder for the results (default: results/memory of the checkout)",
     )
     options = parser.parse_args()
     if options.width % 64 or options.width < 64:

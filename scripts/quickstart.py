@@ -117,8 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("results/quickstart"),
-        help="folder for the report (default: %(default)s)",
+        default=results.FOLDER / "quickstart",
+        help="folder for the report (default: results/quickstart of the checkout)",
     )
     options = parser.parse_args()
     check(parser, options)

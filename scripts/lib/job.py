@@ -5,12 +5,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .launch import run_ranks
+from . import results
+from .launch import RankFailed, run_ranks, stop_on_signals
 
 # --- in the parent -------------------------------------------------------------------------------
 
@@ -56,6 +58,41 @@ def add_bar(progress: Progress, text: str, total: int) -> Callable[[dict], None]
         progress.advance(task)
 
     return advance
+
+
+def run_script(
+    what: str,
+    out: Path,
+    files: str,
+    measure: Callable[[Console], list],
+    write: Callable[[list, dict[str, str]], None],
+    is_wrong: Callable[[Any], bool],
+    complaint: str,
+) -> int:
+    """Measure rows, write them, and complain of those that miss their target.
+
+    Returns:
+        Exit status: 0, 1 if a rank failed or a row is wrong, 130 if the user stopped it.
+    """
+    stop_on_signals()
+    console = Console()
+    errors = Console(stderr=True, markup=False, highlight=False)
+    origin = results.origin()
+    try:
+        rows = measure(console)
+    except RankFailed as error:
+        errors.print(f"{error}\n{what} failed; everything that it started was stopped.")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("Stopped; no process is left.")
+        return 130
+    write(rows, origin)
+    wrong = [row for row in rows if is_wrong(row)]
+    for row in wrong:
+        errors.print(f"{complaint}: {row}")
+    console.print(f"{len(rows) - len(wrong)} of {len(rows)} rows are as they should be.")
+    console.print(f"Written: {files} in {out}")
+    return 1 if wrong else 0
 
 
 # --- in a rank -----------------------------------------------------------------------------------

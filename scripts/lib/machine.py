@@ -50,7 +50,8 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        # results/ may hold what was measured a moment ago
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return f"{commit} with local changes" if changed else commit

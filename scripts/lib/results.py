@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .machine import provenance
 
+FOLDER = Path(__file__).resolve().parents[2] / "results"  # of the checkout, wherever it is run from
 PACKAGES = ("torch", "numpy", "sparse-comm")
 
 

@@ -35,6 +35,7 @@ class Link:
     def write_back(self) -> None:
         """Pack what was written to the dense tensor, and zero its pruned entries again."""
         if hasattr(self.values, REPLACED):
+            self.slot.mark_stale()  # the write may have gone to the cache
             raise RuntimeError(
                 f"write to a dense weight of {self.slot.name!r} that was kept while its values "
                 "were replaced (densify, update_masks or load_state_dict(assign=True)): take the "
