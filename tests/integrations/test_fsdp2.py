@@ -256,7 +256,26 @@ def cached_weights_are_announced_and_are_right(rank: int, world_size: int) -> No
         assert live.bytes() == 0
 
 
+@case(CASES)
+def caches_of_values_that_torch_sharded_are_given_up_aloud(rank: int, world_size: int) -> None:
+    model = sparse_comm.compact(mlp(), random_masks(mlp()), weights="cached")
+    torch_fully_shard(model)
+    with pytest.warns(UserWarning, match="keeps no cache of sharded values.*transient"):
+        model(batch(0)[0])
+    assert sparse_comm.summary(model).cache_bytes == 0
+
+
 # ---------------------------------------------------------------- refused
+
+
+@case(CASES)
+def dense_states_are_refused_once_sharded(rank: int, world_size: int) -> None:
+    model = shard(sparse_comm.compact(mlp(), random_masks(mlp()), weights="transient"))
+    before = sparse_comm.dense_state_dict(model)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is sharded here.*before fully_shard"):
+        model.load_state_dict(mlp().state_dict())
+    after = sparse_comm.dense_state_dict(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @case(CASES)
