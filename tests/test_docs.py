@@ -41,7 +41,9 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("page, block", SCRIPTS, ids=[p.name for p, _ in SCRIPTS])
 def test_the_distributed_programs_of_a_page_run_on_two_ranks(page, block, tmp_path):
-    (tmp_path / "train.py").write_text(block)
+    # Leaves without torch's teardown: after FSDP2 on gloo it aborts in some 2 of 100 runs, also
+    # without this package ("terminate called without an active exception").
+    (tmp_path / "train.py").write_text(f"{block}\nimport os\n\nos._exit(0)\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"],
