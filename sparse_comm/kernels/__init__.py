@@ -4,8 +4,10 @@
     dense = expand(values, pattern)
 
 Both are ``torch.library`` operators, so they trace under ``torch.compile(fullgraph=True)`` and
-``torch.export``, and each is the other's gradient. This package knows a pattern only by its fields
-(``bitmap``, ``offsets``, ``shape``, ``nnz``) and imports nothing else of the project.
+``torch.export``, and each is the other's gradient. Native code does the work where it is built,
+torch elsewhere, with the same bits: ``describe()`` tells which, ``use_backend`` chooses. This
+package knows a pattern only by its fields (``bitmap``, ``offsets``, ``shape``, ``nnz``) and imports
+nothing else of the project.
 """
 
 from __future__ import annotations
@@ -16,9 +18,19 @@ import torch
 from torch import Tensor
 
 from sparse_comm.kernels import ops
+from sparse_comm.kernels.backends import describe, observe, use_backend
 from sparse_comm.kernels.reference import BLOCK, unpack_bits
 
-__all__ = ["BLOCK", "Pattern", "expand", "pack", "unpack_bits"]
+__all__ = [
+    "BLOCK",
+    "Pattern",
+    "describe",
+    "expand",
+    "observe",
+    "pack",
+    "unpack_bits",
+    "use_backend",
+]
 
 
 class Pattern(Protocol):
@@ -32,20 +44,25 @@ class Pattern(Protocol):
     def shape(self) -> torch.Size: ...
 
 
-def pack(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
+def pack(
+    dense: Tensor, pattern: Pattern, out: Tensor | None = None, *, accumulate: bool = False
+) -> Tensor:
     """The unpruned entries of ``dense``, in row-major order.
 
     Args:
         dense: tensor of the pattern's shape, any real dtype and memory layout, on its device.
         pattern: which entries are unpruned.
         out: contiguous tensor of shape ``(nnz,)`` to write to, without gradient; values are
-            converted to its dtype (rounded to nearest even).
+            converted to its dtype (rounded to nearest even; NaN becomes the quiet NaN of it).
+        accumulate: add to ``out`` instead of overwriting it; in fp32, or in fp64 if one of the two
+            is fp64, then rounded to out's dtype.
 
     Returns:
         Tensor of shape ``(nnz,)``: ``out``, or a new one of dense's dtype, differentiable.
 
     Raises:
-        ValueError: wrong shape or device of ``dense`` or ``out``.
+        ValueError: wrong shape or device of ``dense`` or ``out``; the two share memory;
+            ``accumulate`` without ``out``.
 
     Source: SAMO (Singh & Bhatele, IPDPS 2023), section III; the bitmap is ours.
     """
@@ -55,10 +72,12 @@ def pack(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
         )
     _check_device("pack", dense, pattern)
     if out is None:
+        if accumulate:
+            raise ValueError("pack: accumulate=True adds to out, but no out was given")
         return ops.pack(dense, pattern.bitmap, pattern.offsets, pattern.nnz, None)
     _check_out("pack", out, torch.Size([pattern.nnz]), dense)
     with torch.no_grad():
-        ops.pack_into(out, dense, pattern.bitmap, pattern.offsets)
+        ops.pack_into(out, dense, pattern.bitmap, pattern.offsets, accumulate)
     return out
 
 
@@ -78,7 +97,8 @@ def expand(
         Tensor of the pattern's shape: ``out``, or a new one, differentiable.
 
     Raises:
-        ValueError: wrong shape or device of ``values`` or ``out``; ``dtype`` unlike out's.
+        ValueError: wrong shape or device of ``values`` or ``out``; the two share memory;
+            ``dtype`` unlike out's.
 
     Source: SAMO (Singh & Bhatele, IPDPS 2023), section III; the bitmap is ours.
     """
@@ -113,3 +133,21 @@ def _check_out(what: str, out: Tensor, shape: torch.Size, source: Tensor) -> Non
             f"{'contiguous' if out.is_contiguous() else 'strided'} {tuple(out.shape)} "
             f"on {out.device}"
         )
+    if out.is_meta or source.is_meta:
+        raise ValueError(f"{what}: out cannot be written on the meta device")
+    if _first_byte(out) < _end(source) and _first_byte(source) < _end(out):
+        raise ValueError(f"{what}: out shares memory with what is read; clone one of them")
+
+
+def _first_byte(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _end(tensor: Tensor) -> int:
+    """One past the last byte that a tensor can reach."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr()
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.data_ptr() + (last + 1) * tensor.itemsize

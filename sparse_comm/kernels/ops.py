@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_comm.kernels.reference import expand_into, pack_into
+from sparse_comm.kernels.backends import expand_into, pack_into
 
 __all__ = ["expand", "expand_into", "pack", "pack_into", "refresh", "refresh_now"]
 

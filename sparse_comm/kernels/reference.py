@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "expand_into", "pack_into", "unpack_bits"]
+__all__ = ["BLOCK", "expand_into", "pack_into", "takes", "unpack_bits"]
 
 BLOCK = 4096  # entries an offset
 _CHUNK = 256 * BLOCK  # entries decoded at a time
@@ -30,43 +30,80 @@ def unpack_bits(bitmap: Tensor, start: int, stop: int) -> Tensor:
     return bits_.view(torch.bool).flatten()[: stop - start]
 
 
+def takes(source: Tensor, out: Tensor) -> bool:
+    """Everything."""
+    return True
+
+
+def pack_into(
+    out: Tensor, dense: Tensor, bitmap: Tensor, offsets: Tensor, accumulate: bool = False
+) -> None:
+    """Write the unpruned entries of ``dense`` to ``out``, converted to its dtype; or add them."""
+    flat = dense.reshape(-1)
+    for entries, values, index in _chunks(bitmap, offsets, flat.numel(), out.numel()):
+        if index is None:
+            continue
+        if accumulate:
+            out[values].copy_(_add(out[values], flat[entries].index_select(0, index)))
+        elif out.dtype == flat.dtype:
+            torch.index_select(flat[entries], 0, index, out=out[values])
+        else:
+            out[values].copy_(_convert(flat[entries].index_select(0, index), out.dtype))
+
+
+def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
+    """Write ``values`` to their places in ``out``, converted to its dtype, and zeros elsewhere."""
+    flat = out.view(-1)
+    for entries, part, index in _chunks(bitmap, offsets, flat.numel(), values.numel()):
+        target = flat[entries].zero_()
+        if index is not None:
+            target.index_copy_(0, index, _convert(values[part], out.dtype))
+
+
+def _convert(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to nearest even; of fp64 to 16 bits twice, by way of fp32, as in torch.
+
+    Every NaN that is converted or added becomes the one quiet NaN of its type: what torch makes of
+    its payload depends on whether it falls into a vector or into the rest.
+    """
+    return source if source.dtype == dtype else _one_nan(source.to(dtype))
+
+
+def _add(old: Tensor, new: Tensor) -> Tensor:
+    """The sum in old's dtype, added in fp32, or in fp64 where one is fp64."""
+    if not old.is_floating_point():
+        return old + new.to(old.dtype)
+    wide = torch.float64 if torch.float64 in (old.dtype, new.dtype) else torch.float32
+    return _one_nan((old.to(wide) + new.to(wide)).to(old.dtype))
+
+
+def _one_nan(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.masked_fill_(tensor.isnan(), torch.nan)
+
+
 def _chunks(
-    bitmap: Tensor, offsets: Tensor, numel: int
+    bitmap: Tensor, offsets: Tensor, numel: int, nnz: int
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Ranges of dense entries, of their values, and the positions of the values in the range.
 
     The positions are None where a range has no unpruned entry.
     """
     bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != nnz:
+        raise ValueError(f"the offsets go from {bounds[0]} to {bounds[-1]}, not from 0 to {nnz}")
     for start in range(0, numel, _CHUNK):
         stop = min(start + _CHUNK, numel)
         first, last = bounds[start // BLOCK], bounds[-(-stop // BLOCK)]
-        index = None
-        if first != last:
-            bits = unpack_bits(bitmap, start, stop)
-            if bits.device.type == "cpu":
-                index = torch.from_numpy(np.flatnonzero(bits.numpy()))
-            else:
-                index = bits.nonzero().flatten()
-        yield slice(start, stop), slice(first, last), index
-
-
-def pack_into(out: Tensor, dense: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
-    """Write the unpruned entries of ``dense`` to ``out``, converted to its dtype."""
-    flat = dense.reshape(-1)
-    for entries, values, index in _chunks(bitmap, offsets, flat.numel()):
-        if index is None:
-            continue
-        if out.dtype == flat.dtype:
-            torch.index_select(flat[entries], 0, index, out=out[values])
+        bits = unpack_bits(bitmap, start, stop)
+        if bits.device.type == "cpu":
+            index = torch.from_numpy(np.flatnonzero(bits.numpy()))
         else:
-            out[values].copy_(flat[entries].index_select(0, index))
-
-
-def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
-    """Write ``values`` to their places in ``out``, converted to its dtype, and zeros elsewhere."""
-    flat = out.view(-1)
-    for entries, part, index in _chunks(bitmap, offsets, flat.numel()):
-        target = flat[entries].zero_()
-        if index is not None:
-            target.index_copy_(0, index, values[part].to(out.dtype))
+            index = bits.nonzero().flatten()
+        if index.numel() != last - first:
+            raise ValueError(
+                f"bitmap and offsets disagree: {index.numel()} and {last - first} unpruned "
+                f"entries from {start} to {stop}"
+            )
+        yield slice(start, stop), slice(first, last), index if index.numel() else None
