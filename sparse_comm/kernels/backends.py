@@ -131,27 +131,26 @@ def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) ->
 
 
 def _choose(source: Tensor, out: Tensor) -> Backend:
+    if native.MISSING and not _warned and native in _order and source.device.type == "cpu":
+        _warn_once()
     for backend in _order:
         if backend.takes(source, out):
             return backend
-    if native.MISSING and native in _order and source.device.type == "cpu":
-        _warn_once()
-    return reference
+    return reference  # which takes everything
+
+
+_warned = False
 
 
 def _warn_once() -> None:
     global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"pack and expand run in torch, several times slower than native code: "
-            f"{native.MISSING}. Install a C compiler, then sparse_comm again; or set "
-            f"{ENVIRONMENT}=reference to go on without this message",
-            stacklevel=2,
-        )
-
-
-_warned = False
+    _warned = True
+    warnings.warn(
+        f"pack and expand run in torch, several times slower than native code: {native.MISSING}. "
+        f"Install a C compiler, then sparse_comm again; or set {ENVIRONMENT}=reference to go on "
+        "without this message",
+        stacklevel=2,
+    )
 
 
 def _check(

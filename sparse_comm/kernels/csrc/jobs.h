@@ -35,6 +35,11 @@ static size_t entries(const job *j, int64_t b) {
     return rest < BLOCK ? (size_t)rest : BLOCK;
 }
 
+/* Whether the bits after the last entry are zero, as they must be. */
+static int is_padded(const unsigned char *bits, size_t n) {
+    return n % WORD == 0 || load_word(bits, n / WORD) >> n % WORD == 0;
+}
+
 /* Where the values of block b start, if it has `count` of them by the offsets, else -1. */
 static int64_t values_of(const job *j, int64_t b, size_t count) {
     int64_t start = j->offsets[b], end = j->offsets[b + 1];
@@ -48,7 +53,7 @@ static void put(job *j, int64_t b, const void *packed, size_t count) {
     int64_t start = values_of(j, b, count);
     if (start < 0)
         disagree(j, b);
-    else
+    else if (count) /* an empty tensor has no address */
         j->convert(j->out + (size_t)start * j->value_size, packed, count);
 }
 
@@ -68,6 +73,10 @@ static void pack_pair(job *j, int64_t first, int64_t second) {
         return;
     }
     size_t n = entries(j, first), words = (n + WORD - 1) / WORD;
+    if (!is_padded(bits[0], n)) {
+        disagree(j, first);
+        return;
+    }
     if (n < words * WORD) {
         memset(tail, 0, words * WORD * j->dense_size);
         memcpy(tail, from[0], n * j->dense_size);
@@ -88,12 +97,12 @@ static void expand_block(job *j, int64_t b) {
     size_t n = entries(j, b), words = (n + WORD - 1) / WORD, count = 0;
     for (size_t i = 0; i < words; i++) count += count_ones_baseline(load_word(bits, i));
     int64_t start = values_of(j, b, count);
-    if (start < 0) {
+    if (start < 0 || !is_padded(bits, n)) {
         disagree(j, b);
         return;
     }
     char *out = j->out + (size_t)b * BLOCK * j->dense_size;
-    j->convert(packed, j->in + (size_t)start * j->value_size, count);
+    if (count) j->convert(packed, j->in + (size_t)start * j->value_size, count);
     memset(packed + count * j->dense_size, 0, SLACK);
     if (n == words * WORD) {
         j->level->scatter[j->width](out, packed, bits, words, j->stream);
