@@ -16,9 +16,12 @@ import torch.distributed as dist
 from sparse_comm.integrations.pytorch import distributed_data_parallel
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel.distributed import _MixedPrecision
 
 import sparse_comm
+from sparse_comm.reduce import Reduction, reduce_hook
 from tests.compact.models import (
     ConvNet,
     Masks,
@@ -215,6 +218,102 @@ def the_zero_redundancy_optimizer(rank: int, world_size: int) -> None:
             m.parameters(), torch.optim.AdamW, lr=1e-2
         ),
     )
+
+
+# ---------------------------------------------------------------- with a reduction
+
+
+@case(CASES)
+def a_reduction_of_a_compact_model_is_that_of_the_masked_dense_model(
+    rank: int, world_size: int
+) -> None:
+    for dtype in (None, torch.bfloat16):
+        for weights in MODES:
+            dense, compact, masks = pair(weights=weights)
+            losses = []
+            for model, given in ((dense, masks), (compact, None)):
+                ddp = distributed_data_parallel(model, reduction=Reduction(dtype))
+                losses.append(train(ddp, adamw(model), given, steps=5, seed=1000 * (rank + 1)))
+            if world_size == 2:
+                assert losses[0] == losses[1]
+                assert same_weights(dense, compact)
+            else:
+                assert losses[1] == pytest.approx(losses[0], rel=1e-5 if dtype is None else 1e-2)
+            assert on_all_ranks([p.detach() for p in compact.parameters()])
+
+
+@case(CASES)
+def the_bucket_size_comes_from_the_link_unless_it_is_given(rank: int, world_size: int) -> None:
+    def bytes_cap(**options: Any) -> int:
+        ddp = distributed_data_parallel(seeded(Wide), **options)
+        caps: list[Any] = [None] * world_size
+        dist.all_gather_object(caps, ddp.bucket_bytes_cap)
+        assert len(set(caps)) == 1
+        return caps[0]
+
+    default = bytes_cap()
+    assert default == 25 * 2**20
+    chosen = bytes_cap(reduction=Reduction(torch.bfloat16))
+    assert 2**20 <= chosen <= 2 * default  # as bf16 travels at half the bytes that DDP counts
+    assert chosen != default
+    assert bytes_cap(reduction=Reduction(), bucket_cap_mb=0.5) == 2**19
+    hook = (None, default_hooks.allreduce_hook)  # which may want one bucket, as PowerSGD does
+    assert bytes_cap(reduction=Reduction(hook=hook)) == default
+    group = [dist.new_group([member]) for member in range(world_size)][rank]
+    alone = distributed_data_parallel(mlp(), group, Reduction(process_group=group))
+    assert alone.bucket_bytes_cap == default
+
+
+class Wide(nn.Module):
+    """Two megabytes of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(700, 700)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@case(CASES)
+def a_compiled_model_reduces_as_an_eager_one(rank: int, world_size: int) -> None:
+    losses = []
+    for compiled in (False, True):
+        model = sparse_comm.compact(mlp(), random_masks(mlp()))
+        ddp = distributed_data_parallel(model, reduction=Reduction(dtype=None))
+        run = torch.compile(ddp, backend="aot_eager") if compiled else ddp
+        losses.append(train(ddp, adamw(model), forward=run, steps=3, seed=1000 * (rank + 1)))
+        assert on_all_ranks([p.detach() for p in model.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@case(CASES)
+def figures_know_the_dense_model(rank: int, world_size: int) -> None:
+    reduction = Reduction(stats=True)
+    compact = sparse_comm.compact(mlp(), random_masks(mlp()))
+    ddp = distributed_data_parallel(compact, reduction=reduction)
+    train(ddp, adamw(compact), steps=3)
+    figures = reduction.stats()
+    assert figures["steps"] == 3
+    assert figures["bytes_dense"] == 4 * sum(p.numel() for p in mlp().parameters())
+    assert figures["bytes_sent"] == 2 * sum(p.numel() for p in compact.parameters())
+
+
+@case(CASES)
+def what_does_not_fit_a_reduction_is_refused(rank: int, world_size: int) -> None:
+    group = dist.new_group(list(range(world_size)))
+    for options in ({"process_group": group}, {"reduction": Reduction(process_group=group)}):
+        with pytest.raises(ValueError, match="different process groups: give both the same"):
+            distributed_data_parallel(mlp(), **{"reduction": Reduction(), **options})
+    mesh = init_device_mesh("cpu", (world_size,))
+    of_mesh = Reduction(process_group=mesh.get_group())
+    assert distributed_data_parallel(mlp(), reduction=of_mesh, device_mesh=mesh)
+    mixed = _MixedPrecision(param_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="mixed_precision registers a communication hook"):
+        distributed_data_parallel(mlp(), reduction=Reduction(), mixed_precision=mixed)
+    ddp = distributed_data_parallel(mlp(), reduction=Reduction())
+    with pytest.raises(RuntimeError, match="can only be called once"):
+        ddp.register_comm_hook(Reduction(), reduce_hook)
 
 
 # ---------------------------------------------------------------- what is communicated

@@ -6,6 +6,7 @@ Sizes are odd: shards are uneven.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 import torch.distributed as dist
 from sparse_comm.integrations.pytorch import fully_shard
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import sparse_comm
+from sparse_comm.reduce import Reduction
 from tests.compact.models import (
     Masks,
     Tied,
@@ -219,6 +222,73 @@ def parameters_of_which_nothing_one_entry_or_all_is_left(rank: int, world_size: 
 def a_mesh_of_two_dimensions(rank: int, world_size: int) -> None:
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("replicate", "shard"))
     assert_trains_like_masked_dense(rank, world_size, modes=("transient",), mesh=mesh)
+
+
+# ---------------------------------------------------------------- with a reduction
+
+
+@case(CASES)
+def a_reduction_is_the_reduce_dtype_of_the_policy(rank: int, world_size: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_trains_like_masked_dense(
+            rank,
+            world_size,
+            modes=("transient",),
+            rel=2**-6,
+            with_=lambda m, d=dtype, **_: fully_shard(m, reduction=Reduction(d)),
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=dtype),
+        )
+    # as they are: by the dtype, or because they are as small
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for policy, reduction in ((None, Reduction(None)), (half, Reduction(torch.float16))):
+        options = {"mp_policy": policy} if policy else {}
+        assert_trains_like_masked_dense(
+            rank,
+            world_size,
+            modes=("transient",),
+            rel=2**-6 if policy else 1e-5,
+            with_=lambda m, r=reduction, **o: fully_shard(m, reduction=r, **o),
+            **options,
+        )
+
+
+@case(CASES)
+def figures_are_of_the_reduce_scatters(rank: int, world_size: int) -> None:
+    for dtype, size in ((None, 4), (torch.bfloat16, 2)):
+        reduction = Reduction(dtype, stats=True)
+        compact = sparse_comm.compact(mlp(), random_masks(mlp()), weights="transient")
+        values = [p.numel() for p in compact.parameters()]
+        model = shard(compact, reduction=reduction)
+        optimizer = adamw(model)
+        train(model, optimizer, steps=3)
+        figures = reduction.stats()
+        assert figures["steps"] == 3
+        assert figures["bytes_dense"] == 4 * sum(p.numel() for p in mlp().parameters())
+        padded = sum(-(-n // world_size) * world_size for n in values)  # to equal shards
+        assert figures["bytes_sent"] == size * padded
+        assert figures["collectives"] == len(figures["buckets"]) == 4  # a layer each
+        assert all(figures["total"][name] > 0 for name in ("pack_s", "wire_s", "exposed_s"))
+        # gloo's reduce-scatter blocks, so that none of it is hidden
+        assert figures["wire_s"] <= figures["exposed_s"]
+        reduction.reset_stats()
+        start = time.perf_counter()
+        train(model, optimizer, steps=1, first=3)
+        took = time.perf_counter() - start
+        assert reduction.stats()["exposed_s"] < took
+
+
+@case(CASES)
+def what_fsdp2_cannot_do_with_a_reduction_is_refused(rank: int, world_size: int) -> None:
+    hook = (None, default_hooks.allreduce_hook)
+    for reduction in (Reduction(hook=hook), Reduction(process_group=dist.group.WORLD)):
+        with pytest.raises(ValueError, match="a Reduction without hook and process_group"):
+            fully_shard(mlp(), reduction=reduction)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    model = sparse_comm.compact(mlp(), random_masks(mlp()), weights="cached")
+    with pytest.raises(ValueError, match=r"reduces in torch\.float32, the reduction in torch\.bfl"):
+        fully_shard(model, reduction=Reduction(), mp_policy=policy)
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert sparse_comm.summary(model).cache_bytes > 0  # nothing has happened
 
 
 # ---------------------------------------------------------------- memory
