@@ -6,9 +6,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from sparse_comm.reduce import Reduction, reduce_hook
+from sparse_comm.reduce.stats import union_length
+
 
 class CommRecorder:
     """All-reduces buckets as DDP does by default, and notes when each began and ended.
+
+    Given a ``dtype``, they travel in that.
 
     *Communication time* of a step is the time during which at least one bucket is under way: the
     length of the union of the intervals [hook called, all-reduce complete]. Overlapping buckets
@@ -34,11 +39,14 @@ class CommRecorder:
     # No `from __future__ import annotations` in this file: DDP compares the hook's annotations
     # with the classes and refuses their names.
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: DistributedDataParallel, dtype: torch.dtype | None = None) -> None:
         self._world_size = dist.get_world_size()
         self._issued: list[float] = []
         self._intervals: list[tuple[float, float]] = []
-        model.register_comm_hook(None, self._hook)
+        if dtype is None:
+            model.register_comm_hook(None, self._hook)
+        else:
+            model.register_comm_hook(Reduction(dtype, hook=(None, self._hook)), reduce_hook)
 
     def start_step(self) -> None:
         self._issued.clear()
@@ -60,13 +68,3 @@ class CommRecorder:
             return future.value()[0]
 
         return future.then(completed)
-
-
-def union_length(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals, each given as (start, end)."""
-    length = 0.0
-    reached = float("-inf")
-    for start, end in sorted(intervals):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length

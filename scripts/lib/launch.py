@@ -1,9 +1,12 @@
 """Starts one process a rank, follows them, and leaves none behind."""
 
+# ``python -m lib.launch MODULE WORKDIR RANK PARENT ...`` is what a rank starts as.
+
 import ctypes
 import json
 import os
 import queue
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,21 +40,23 @@ def run_ranks(
     Args:
         module: a module of the scripts folder whose main block calls :func:`rank_main`.
         arguments: further arguments, the same for all ranks.
-        prefixes: one per rank: what to put before its command (such as ``ip netns exec NAME``).
+        prefixes: one per rank: what to put before its command (such as ``env NAME=VALUE``). It
+            must exec the command: a rank ends if its parent is not this process.
         interface: the network interface for gloo.
         workdir: an empty folder for the ranks' logs, results and rendezvous.
         on_progress: called with each dict that rank 0 passed to :func:`report_progress`.
 
     Raises:
         RankFailed: a rank failed (the one that failed first is reported) or nothing moved for
-            SILENCE_LIMIT seconds. All ranks are dead when this function returns or raises.
+            SILENCE_LIMIT seconds. All ranks are dead when this function returns or raises; they
+            die, too, when this process is killed.
     """
     # One thread per rank: two-thread kernels slow down wildly when the cores are shared.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
     processes: list[subprocess.Popen] = []
     try:
         for rank, prefix in enumerate(prefixes):
-            command = [*prefix, sys.executable, "-m", module, str(workdir), str(rank)]
+            command = [*prefix, sys.executable, "-m", "lib.launch", module, str(workdir), str(rank)]
             with open(workdir / f"rank{rank}.log", "w") as log:
                 process = subprocess.Popen(
                     [*command, str(os.getpid()), *arguments],
@@ -141,8 +146,7 @@ def stop_on_signals() -> None:
 
 def rank_main(job: Callable[[Path, int, list[str]], dict]) -> None:
     """Main function of a rank: runs ``job(workdir, rank, arguments)`` and files its result."""
-    workdir, rank, parent = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    die_with(parent)
+    workdir, rank = Path(sys.argv[1]), int(sys.argv[2])
     sys.stdout = sys.stderr  # what a library prints must not mix with report_progress's lines
     try:
         result = job(workdir, rank, sys.argv[4:])
@@ -168,3 +172,10 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
+
+
+if __name__ == "__main__":
+    # Before the rank's module is imported: torch takes seconds, in which the parent may end, too.
+    die_with(int(sys.argv[4]))
+    del sys.argv[0]  # now as if the rank's module had been started
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,20 +1,20 @@
 """A slow link between two processes of one machine: two network namespaces joined by a veth pair.
 
-Needs root, iproute2 (``ip`` and ``tc``) and the kernel's tbf queue. Everything lives inside the
-two namespaces, so deleting them leaves nothing behind.
+Needs root, iproute2 (``ip`` and ``tc``), util-linux (``unshare`` and ``nsenter``) and the kernel's
+tbf queue. The namespaces have no names: each lives as long as the process that holds it and those
+that entered it, and the veth pair lives inside them. The holders end with the process that made
+the link, however that ends, so that nothing is ever left behind.
 """
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
 
-PREFIX = "sparse-comm-"
-NETNS_FOLDER = Path("/run/netns")
 INTERFACE = "veth"
 ADDRESSES = ("10.77.0.1/30", "10.77.0.2/30")
+PACKAGES = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 
 
 class LinkUnavailable(RuntimeError):
@@ -30,14 +30,13 @@ class NamespacePair:
 
     def __init__(self, rate: str) -> None:
         self.rate = rate
-        self.names = [f"{PREFIX}{os.getpid()}-{rank}" for rank in range(2)]
+        self._holders: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "NamespacePair":
-        remove_stale_namespaces()
         try:
             self._create()
         except BaseException:
-            self._remove()
+            self._release()
             raise
         return self
 
@@ -47,64 +46,80 @@ class NamespacePair:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._remove()
+        self._release()
 
     def command_prefix(self, rank: int) -> list[str]:
-        """What to put before a command to run it in the namespace of ``rank``."""
-        return ["ip", "netns", "exec", self.names[rank]]
+        """What to put before a command to run it in the namespace of ``rank``.
+
+        The command then is the process that was started: its parent and its id are as without.
+        """
+        return ["nsenter", f"--net=/proc/{self._holders[rank].pid}/ns/net"]
 
     def _create(self) -> None:
         if os.geteuid() != 0:
             raise LinkUnavailable("the link needs root, to create network namespaces")
-        for tool in ("ip", "tc"):
+        for tool, package in PACKAGES.items():
             if shutil.which(tool) is None:
-                raise LinkUnavailable(f"the link needs the command '{tool}' (package iproute2)")
-        for name in self.names:
-            _run("ip", "netns", "add", name)
-        first, second = self.names
-        peer = ["peer", "name", INTERFACE, "netns", second]
-        _run("ip", "-n", first, "link", "add", INTERFACE, "type", "veth", *peer)
-        for name, address in zip(self.names, ADDRESSES, strict=True):
-            _run("ip", "-n", name, "address", "add", address, "dev", INTERFACE)
-            _run("ip", "-n", name, "link", "set", INTERFACE, "up")
-            _run("ip", "-n", name, "link", "set", "lo", "up")
+                raise LinkUnavailable(f"the link needs the command '{tool}' (package {package})")
+        for _ in ADDRESSES:
+            self._hold_new_namespace()
+        first, second = (str(holder.pid) for holder in self._holders)
+        ends = [INTERFACE, "netns", first, "type", "veth", "peer", INTERFACE, "netns", second]
+        _run("ip", "link", "add", *ends)
+        for rank, address in enumerate(ADDRESSES):
+            inside = self.command_prefix(rank)
+            _run(*inside, "ip", "address", "add", address, "dev", INTERFACE)
+            _run(*inside, "ip", "link", "set", INTERFACE, "up")
+            _run(*inside, "ip", "link", "set", "lo", "up")
             shape = ["tbf", "rate", self.rate, "burst", "256kb", "limit", "32mb"]
-            _run("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", *shape)
-            self._verify(name)
+            _run(*inside, "tc", "qdisc", "add", "dev", INTERFACE, "root", *shape)
+            self._verify(rank)
 
-    def _verify(self, name: str) -> None:
+    def _hold_new_namespace(self) -> None:
+        """Start a process in a namespace of its own that ends when this process does."""
+        # It waits for the end of its input, which comes with this process's end, even by SIGKILL:
+        # no other process has the pipe's other side, for Popen closes it in those it starts.
+        holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "echo ready; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._holders.append(holder)
+        assert holder.stdout is not None and holder.stderr is not None
+        if holder.stdout.readline() != "ready\n":  # it has ended
+            reason = holder.stderr.read().strip() or f"exit status {holder.wait()}"
+            raise LinkUnavailable(f"no network namespace can be made: {reason}")
+
+    def _verify(self, rank: int) -> None:
         """Fail rather than measure an unshaped link or hang on a dead loopback."""
-        if "UP" not in _run("ip", "-n", name, "link", "show", "dev", "lo").split(">")[0]:
-            raise LinkUnavailable(f"'lo' stays down in network namespace {name}")
-        if "tbf" not in _run("tc", "-n", name, "qdisc", "show", "dev", INTERFACE):
-            raise LinkUnavailable(f"the queue of {INTERFACE} in {name} is not limited to a rate")
+        inside = self.command_prefix(rank)
+        if "UP" not in _run(*inside, "ip", "link", "show", "dev", "lo").split(">")[0]:
+            raise LinkUnavailable(f"'lo' stays down in the network namespace of rank {rank}")
+        if "tbf" not in _run(*inside, "tc", "qdisc", "show", "dev", INTERFACE):
+            raise LinkUnavailable(f"rank {rank}'s {INTERFACE} is not limited to a rate")
 
-    def _remove(self) -> None:
-        for name in self.names:
-            _delete_namespace(name)
-
-
-def remove_stale_namespaces() -> None:
-    """Delete the namespaces that runs left behind which were killed without a chance to."""
-    if os.geteuid() != 0 or not NETNS_FOLDER.is_dir():
-        return
-    for path in NETNS_FOLDER.iterdir():
-        owner = re.fullmatch(rf"{PREFIX}(\d+)-[01]", path.name)
-        if owner and not Path("/proc", owner[1]).exists():
-            _delete_namespace(path.name)
+    def _release(self) -> None:
+        for holder in self._holders:
+            holder.kill()
+        for holder in self._holders:
+            holder.communicate()  # waits, and closes the pipes
+        self._holders.clear()
 
 
 def transmitted_bytes(interface: str) -> int | None:
     """Bytes that ``interface`` of this process's namespace has sent, or None if unreadable."""
+    # Not /sys/class/net: it shows the namespace that mounted it, not the one that reads it.
     try:
-        return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+        lines = Path("/proc/self/net/dev").read_text().splitlines()
     except OSError:
         return None
-
-
-def _delete_namespace(name: str) -> None:
-    if (NETNS_FOLDER / name).exists():
-        subprocess.run(["ip", "netns", "delete", name], check=False)
+    for line in lines:
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            return int(counters.split()[8])  # after eight of what was received
+    return None
 
 
 def _run(*command: str) -> str:

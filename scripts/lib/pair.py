@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sparse_comm
+from sparse_comm.reduce import bucket_cap_mb, measure_link
 
 from .comm import CommRecorder
 from .netns import transmitted_bytes
@@ -44,13 +45,20 @@ def make_side(
     after_step: Callable[[], None] | None = None,
 ) -> Side:
     """DDP and AdamW as anyone would set them up: the same for the dense and the compact model."""
-    ddp = DistributedDataParallel(
-        module, gradient_as_bucket_view=True, bucket_cap_mb=stage.bucket_mb
-    )
+    dtype = getattr(torch, stage.reduce_dtype) if stage.reduce_dtype else None
+    bucket_mb = stage.bucket_mb or chosen_bucket_mb(module, dtype or torch.float32)
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     groups = sparse_comm.param_groups(module, stage.settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=stage.settings.learning_rate, fused=True)
-    recorder = CommRecorder(ddp)
+    recorder = CommRecorder(ddp, dtype)
     return Side(name, module, ddp, optimizer, recorder, after_step or (lambda: None))
+
+
+def chosen_bucket_mb(module: nn.Module, dtype: torch.dtype) -> float:
+    """DDP's ``bucket_cap_mb`` for fp32 gradients that travel in ``dtype``, by the link's speed."""
+    entries = sum(parameter.numel() for parameter in module.parameters())
+    wire = bucket_cap_mb(measure_link(dtype=dtype), entries * dtype.itemsize)
+    return wire * torch.float32.itemsize / dtype.itemsize
 
 
 def make_pair(model: nn.Module, masks: dict[str, Tensor], stage: Stage) -> tuple[Side, Side]:

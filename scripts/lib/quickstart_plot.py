@@ -21,27 +21,27 @@ def draw(rows: list[Row], stage: StageResult, path: Path) -> None:
     """Write the plot of the table's rows and of one stage's losses to ``path``."""
     plt.switch_backend("Agg")  # no display needed
     links = list(dict.fromkeys(row.link for row in rows if row.unit == "ms"))
-    figure, axes = plt.subplots(
-        1,
-        2 + len(links),
-        figsize=(7 + 3.5 * len(links), 4.4),
-        width_ratios=[1.5, 0.8] + [1] * len(links),
-        layout="constrained",
+    of_times = "abc"[: len(links)]
+    mosaic = f"LLB;{of_times}" if len(links) == 3 else f"LB{of_times}"
+    rows_of_plots = mosaic.count(";") + 1
+    figure, axes = plt.subplot_mosaic(
+        mosaic, figsize=(12, 4.2 * rows_of_plots), layout="constrained"
     )
-    _losses(axes[0], stage)
-    # The wire bytes are nearly the same on every link: those of the last one will do.
-    sent = [row for row in rows if row.unit == "MB" and row.link == links[-1]]
+    _losses(axes["L"], stage)
+    # fp32's bytes on the wire: they are nearly the same on every link
+    of_link = links[min(1, len(links) - 1)]
+    sent = [row for row in rows if row.unit == "MB" and row.link == of_link]
     state = [row for row in rows if row.unit == "MB" and not row.link]
-    _bars(axes[1], [*sent, *state], "MB per rank")
-    axes[1].set_title("Bytes")
-    time_axes = axes[2:]
+    _bars(axes["B"], [*sent, *state], "MB per rank")
+    axes["B"].set_title("Bytes")
+    axes["B"].legend(loc="upper left", frameon=False)
+    time_axes = [axes[letter] for letter in of_times]
     for axis, link in zip(time_axes, links, strict=True):
         _bars(axis, [row for row in rows if row.unit == "ms" and row.link == link], "ms (median)")
-        axis.set_title(f"Time per step, {link}")
+        axis.set_title("Time per step\n" + link)
     highest = max(axis.get_ylim()[1] for axis in time_axes)
     for axis in time_axes:  # one scale, so that links can be compared
         axis.set_ylim(0, highest)
-    axes[1].legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -144,7 +144,8 @@ def notes(stages: list[StageResult], settings: Settings, why_no_link: str | None
     weight_difference = max(r["largest weight difference"] for stage in stages for r in stage.ranks)
     lines = [
         f"Two processes (gloo, one thread each) train a GPT of {parameters / 1e6:.1f}M parameters, "
-        f"of which {pruned / parameters:.1%} are pruned; fp32 on both sides, the same seed, data, "
+        f"of which {pruned / parameters:.1%} are pruned; fp32 on both sides (but for gradients on "
+        "the wire, where a row says bf16: then those of both sides), the same seed, data, "
         f"AdamW (fused) and DDP settings; {settings.batch} sequences of {settings.context} bytes "
         "per rank and step. The dense side multiplies its weights by fp32 masks after each step; "
         f'the compact side keeps `weights="{settings.weights}"`.',

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .launch import run_ranks
-from .netns import INTERFACE, LinkUnavailable, NamespacePair, remove_stale_namespaces
+from .netns import INTERFACE, LinkUnavailable, NamespacePair
 from .quickstart_report import SIDES, StageResult
 from .settings import WORLD_SIZE, Settings, Stage
 
@@ -23,7 +23,7 @@ LINK_BUCKET_MB = 3
 def run_stages(
     settings: Settings, link: str, rate: str, console: Console
 ) -> tuple[list[StageResult], str | None]:
-    """Run both stages, or only the first where the slow link is not wanted or impossible.
+    """Run all stages, or only the first where the slow link is not wanted or impossible.
 
     Args:
         settings: what to train, and how long.
@@ -34,19 +34,21 @@ def run_stages(
     Returns:
         The results of the stages, the loopback's first, and why there is no slow link, if so.
     """
-    remove_stale_namespaces()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quickstart-")))
         pair, why_no_link = _open_link(stack, link, rate)
         start = str(folder / "warm.pt")
         loopback = Stage(
-            "loopback", "lo", settings.steps, LOOPBACK_BUCKET_MB, True, start, settings
+            "loopback", "lo", settings.steps, LOOPBACK_BUCKET_MB, None, True, start, settings
         )
         stages = [loopback]
         if pair:
             name = f"{readable_rate(rate)} link"
             steps = settings.link_steps
-            stages.append(Stage(name, INTERFACE, steps, LINK_BUCKET_MB, False, start, settings))
+            rest = (False, start, settings)
+            stages.append(Stage(name, INTERFACE, steps, LINK_BUCKET_MB, None, *rest))
+            name = f"{name}, gradients in bf16"
+            stages.append(Stage(name, INTERFACE, steps, None, "bfloat16", *rest))
         else:
             console.print(f"No run over a slow link: {why_no_link}.", markup=False)
         on_progress = stack.enter_context(_progress_bars(stages, console))
@@ -85,7 +87,7 @@ def _run(
     if pair is not None:
         own = stage.interface == INTERFACE
         prefixes = [pair.command_prefix(rank if own else 0) for rank in range(WORLD_SIZE)]
-    workdir = folder / stage.interface
+    workdir = folder / stage.name.replace("/", " ")
     workdir.mkdir()
     description = workdir / "stage.json"
     stage.save(description)

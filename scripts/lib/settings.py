@@ -33,7 +33,8 @@ class Stage:
     name: str
     interface: str
     steps: int
-    bucket_mb: int  # DDP's bucket_cap_mb, on both sides
+    bucket_mb: int | None  # DDP's bucket_cap_mb, on both sides; None: each side's by the link
+    reduce_dtype: str | None  # what gradients travel in, on both sides; None: fp32, as they are
     warm_up: bool  # whether this stage makes the file `start`
     start: str  # file of the dense model's weights after the warm-up
     settings: Settings
