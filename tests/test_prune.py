@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparse_comm.prune import magnitude
+from sparse_comm.prune.magnitude import loads_of_each, smallest_pruned
 
 
 def small_model() -> nn.Sequential:
@@ -75,11 +78,21 @@ def test_masks_are_bool_tensors_of_the_parameters_shapes():
     st.integers(0, 60),
     st.floats(0, 1),
 )
-def test_ties_are_pruned_in_the_order_of_parameters_and_then_of_entries(numbers, cut, sparsity):
+def test_ties_are_pruned_in_the_order_of_names_and_then_of_entries(numbers, cut, sparsity):
     weights = [torch.tensor([numbers[:cut]]), torch.tensor([numbers[cut:]])]
     masks = magnitude(model_of(*weights), sparsity)
     expected = sorted_stably(weights, round(sparsity * len(numbers)))
     assert all(torch.equal(a, b) for a, b in zip(masks.values(), expected, strict=True))
+
+
+def test_ties_go_by_name_wherever_the_parameter_stands_in_the_model():
+    model = nn.ModuleDict({name: nn.Linear(4, 1, bias=False) for name in ("b", "a", "c")})
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    masks = magnitude(model, 0.5)
+    assert list(masks) == ["b.weight", "a.weight", "c.weight"]  # the model's order
+    assert not masks["a.weight"].any() and bool(masks["c.weight"].all())
+    assert masks["b.weight"].tolist() == [[False, False, True, True]]
 
 
 def test_ties_are_right_across_the_chunks_of_a_large_parameter():
@@ -138,6 +151,19 @@ def test_infinities_are_largest_and_nan_is_refused_by_name():
             magnitude(model, sparsity)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_nan_of_any_sign_and_payload_is_told_from_infinity(scope, dtype):
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    infinity = torch.tensor(float("inf"), dtype=dtype)
+    for factor in (1, -1):
+        just_above = (infinity * factor).view(integer) + 1  # the smallest payload
+        weight = torch.stack([infinity, just_above.view(dtype)]).reshape(1, 2)
+        with pytest.raises(ValueError, match="'0' holds NaN"):
+            magnitude(model_of(weight), 0.5, scope)
+    assert magnitude(model_of(infinity.expand(1, 2)), 0.5, scope)["0"].tolist() == [[False, True]]
+
+
 def test_the_model_is_left_as_it_is():
     model = small_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -173,6 +199,30 @@ def test_empty_and_integer_parameters_do_no_harm():
     for scope in ("global", "layer"):
         masks = magnitude(model, 0.5, scope)
         assert masks["nothing"].shape == (0, 5) and "codes" not in masks
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float64], [torch.half, torch.float]])
+def test_weights_need_not_be_in_memory_together(scope, dtypes):
+    torch.manual_seed(0)
+    kept = {str(i): torch.randn(40, 50).to(dtypes[i % len(dtypes)]) for i in range(12)}
+    meta = {name: weight.to("meta") for name, weight in kept.items()}
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def load(name: str) -> torch.Tensor:
+        assert not any(weight() is not None for weight in loaded)
+        weight = kept[name].clone()
+        loaded.append(weakref.ref(weight))
+        return weight
+
+    model = nn.Module()
+    for name in kept:
+        model.register_parameter(name, nn.Parameter(kept[name]))
+    masks = dict(smallest_pruned(meta, 0.7, scope, load))
+    assert len(loaded) == 12 * loads_of_each(meta, scope)
+    expected = magnitude(model, 0.7, scope)
+    assert list(masks) == sorted(kept) and masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in masks)
 
 
 @pytest.mark.parametrize(

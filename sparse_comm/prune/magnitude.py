@@ -2,24 +2,30 @@
 
 Selection is by radix over the bits of the absolute values, which order like the values themselves.
 It is exact, needs no sorted or concatenated copy of the weights, and depends on neither device nor
-number of threads, so that ranks that hold equal weights get equal masks.
+number of threads, so that ranks that hold equal weights get equal masks. Nor need the weights be in
+memory together: ``smallest_pruned`` takes them one at a time, from a model or from its file.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparse_comm.masks import require_data
 
-__all__ = ["magnitude"]
+__all__ = ["loads_of_each", "magnitude", "smallest_pruned"]
 
 _CHUNK = 1 << 20  # entries looked at at a time
 _DIGIT = 16  # bits that one pass of the selection settles
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+_INTEGER = {  # of the same size, as which the bits of a dtype are read
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def magnitude(
@@ -37,9 +43,10 @@ def magnitude(
         magnitude(model, 0.9, names=lambda name, parameter: "embed" not in name)
 
     Exactly ``round(sparsity * n)`` of n entries are pruned. Among entries of equal magnitude those
-    that come first are pruned first: by the order of ``model.named_parameters()``, then row-major.
-    Equal weights give equal masks on every rank, device and number of threads. Different dtypes
-    are compared by their exact values, infinities are largest, 0.0 and -0.0 equal.
+    that come first are pruned first: by their parameter's name (as Python sorts strings), then
+    row-major. Equal weights give equal masks on every rank, device and number of threads, and from
+    the model's file (``sparse-comm masks make``). Different dtypes are compared by their exact
+    values, infinities are largest, 0.0 and -0.0 equal.
 
     Args:
         model: not modified.
@@ -62,21 +69,57 @@ def magnitude(
     Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015; the selection is
     ours.
     """
+    _check(sparsity, scope)
+    chosen = _chosen(model, names)
+    for name, parameter in chosen.items():
+        require_data(name, parameter)
+    masks = dict(smallest_pruned(chosen, sparsity, scope, chosen.__getitem__))
+    return {name: masks[name] for name in chosen}
+
+
+def smallest_pruned(
+    weights: Mapping[str, Tensor], sparsity: float, scope: str, load: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The masks of ``magnitude``, one at a time, of weights that need not be in memory together.
+
+    At most one weight that ``load`` returned is held at a time, and one mask.
+
+    Args:
+        weights: shape and dtype of each weight by name, of floating point; may be meta tensors.
+        sparsity: as in ``magnitude``.
+        scope: as in ``magnitude``.
+        load: returns the weight of a name. Called ``loads_of_each(weights, scope)`` times for each.
+
+    Yields:
+        Name and bool mask of each weight, sorted by name, the mask on the loaded weight's device.
+
+    Raises:
+        ValueError: as ``magnitude``, when the first mask is asked for; with ``scope="layer"`` a
+            NaN is found when its weight's turn comes.
+
+    Source: as ``magnitude``.
+    """
+    _check(sparsity, scope)
+    ordered = {name: weights[name] for name in sorted(weights)}
+    if scope == "global":
+        yield from _prune_smallest(ordered, sparsity, load)
+        return
+    for name in ordered:
+        held = {name: load(name)}
+        yield from _prune_smallest(held, sparsity, held.__getitem__)
+        held.clear()  # before the next one is loaded
+
+
+def loads_of_each(weights: Mapping[str, Tensor], scope: str) -> int:
+    """How often ``smallest_pruned`` loads each weight."""
+    return 1 if scope == "layer" else _common_dtype(weights).itemsize * 8 // _DIGIT + 1
+
+
+def _check(sparsity: float, scope: str) -> None:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1, got {sparsity}")
     if scope not in ("global", "layer"):
         raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
-    chosen = _chosen(model, names)
-    for name, parameter in chosen.items():
-        require_data(name, parameter)
-        if parameter.isnan().any():
-            raise ValueError(f"{name!r} holds NaN, which has no magnitude to compare")
-    if scope == "global":
-        return _prune_smallest(chosen, sparsity)
-    masks = {}
-    for name, parameter in chosen.items():
-        masks.update(_prune_smallest({name: parameter}, sparsity))
-    return masks
 
 
 def _chosen(
@@ -114,32 +157,44 @@ def _named(model: nn.Module, name: str) -> nn.Parameter:
     return by_name[name]
 
 
-def _prune_smallest(parameters: dict[str, nn.Parameter], sparsity: float) -> dict[str, Tensor]:
-    tensors = list(parameters.values())
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    count = round(sparsity * sum(t.numel() for t in tensors))
-    threshold, ties = _smallest(tensors, count, wide) if count else (-1, 0)
-    masks = {}
-    for name, parameter in parameters.items():
-        mask = torch.empty(parameter.numel(), dtype=torch.bool, device=parameter.device)
-        for part, keys in zip(mask.split(_CHUNK), _keys(parameter, wide), strict=True):
-            torch.gt(keys, threshold, out=part)
-            equal = (keys == threshold).nonzero().flatten()
-            part[equal[ties:]] = True
-            ties -= min(ties, equal.numel())
-        masks[name] = mask.reshape(parameter.shape)
-    return masks
+def _prune_smallest(
+    weights: Mapping[str, Tensor], sparsity: float, load: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Masks that prune the smallest entries of all weights together; ties go in their order."""
+    common = _common_dtype(weights)
+    count = round(sparsity * sum(weight.numel() for weight in weights.values()))
+    threshold, ties = _smallest(weights, load, count, common)
+    for name in weights:
+        mask, ties = _mask(load(name), common, threshold, ties)
+        yield name, mask
+        del mask  # before the next one is made
 
 
-def _smallest(tensors: list[nn.Parameter], count: int, wide: torch.dtype) -> tuple[int, int]:
+def _mask(weight: Tensor, common: torch.dtype, threshold: int, ties: int) -> tuple[Tensor, int]:
+    """False where keys are below the threshold or among its first ``ties``; and the ties left."""
+    mask = torch.empty(weight.numel(), dtype=torch.bool, device=weight.device)
+    for part, keys in zip(mask.split(_CHUNK), _keys(weight, common), strict=True):
+        torch.gt(keys, threshold, out=part)
+        equal = (keys == threshold).nonzero().flatten()
+        part[equal[ties:]] = True
+        ties -= min(ties, equal.numel())
+    return mask.reshape(weight.shape), ties
+
+
+def _smallest(
+    names: Iterable[str], load: Callable[[str], Tensor], count: int, common: torch.dtype
+) -> tuple[int, int]:
     """The key of the count-th smallest entry, and how many entries of that key are up to it."""
-    prefix, shift = 0, wide.itemsize * 8
+    bits = common.itemsize * 8
+    prefix, shift = 0, bits
     while shift:
         shift -= _DIGIT
         histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for tensor in tensors:
-            for keys in _keys(tensor, wide):
-                if shift + _DIGIT < wide.itemsize * 8:
+        for name in names:
+            for keys in _keys(load(name), common):
+                if shift + _DIGIT == bits:
+                    _refuse_nan(name, keys, common)
+                else:
                     keys = keys[keys >> (shift + _DIGIT) == prefix]
                 digits = (keys >> shift) & ((1 << _DIGIT) - 1)
                 histogram += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
@@ -150,9 +205,24 @@ def _smallest(tensors: list[nn.Parameter], count: int, wide: torch.dtype) -> tup
     return prefix, count
 
 
-def _keys(tensor: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+def _refuse_nan(name: str, keys: Tensor, common: torch.dtype) -> None:
+    infinity = torch.tensor(torch.inf, dtype=common).view(_INTEGER[common])
+    if keys.numel() and keys.max() > int(infinity):
+        raise ValueError(f"{name!r} holds NaN, which has no magnitude to compare")
+
+
+def _common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """A dtype that represents every entry exactly; the smaller, the fewer passes."""
+    dtypes = {weight.dtype for weight in weights.values()}
+    if len(dtypes) == 1 and dtypes <= _INTEGER.keys():
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _keys(weight: Tensor, common: torch.dtype) -> Iterator[Tensor]:
     """Integers that order like the absolute values, in row-major order, a chunk at a time."""
-    flat = tensor.detach().reshape(-1)
-    integer = _INTEGER[wide]
+    flat = weight.detach().reshape(-1)
+    integer = _INTEGER[common]
     for part in flat.split(_CHUNK):
-        yield part.to(wide).view(integer) & torch.iinfo(integer).max
+        keys = part.to(common).view(integer) & torch.iinfo(integer).max
+        yield keys.int() if integer == torch.int16 else keys  # 1 << 16 does not fit 16 bits
