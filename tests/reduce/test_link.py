@@ -11,7 +11,6 @@ import torch.distributed as dist
 from hypothesis import given
 
 from sparse_comm.reduce import Link, bucket_cap_mb, measure_link
-from sparse_comm.reduce.link import _fit
 from tests.integrations.cases import Cases, case, passed
 from tests.reduce.ranks import of_all_ranks
 
@@ -46,15 +45,6 @@ def a_group_measures_its_own_link(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_on_ranks(name, world_size):
     passed(__name__, world_size, name)
-
-
-@given(latencies, rates)
-def test_a_link_is_found_from_its_times(latency, rate):
-    sizes = [1 << 12, 1 << 18, 1 << 20]
-    found_latency, seconds_per_byte = _fit(sizes, [latency + size / rate for size in sizes])
-    for size in sizes:
-        expected = latency + size / rate
-        assert found_latency + size * seconds_per_byte == pytest.approx(expected, rel=0.01)
 
 
 @given(latencies, rates, totals)
