@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 __all__ = ["Link", "bucket_cap_mb", "measure_link"]
 
-_SIZES = (1 << 12, 1 << 18, 1 << 20)  # bytes of the messages
-_REPEATS = 7
-_BUDGET = 0.25  # seconds: no larger message once the smaller ones have taken as long
+_SMALL = 1 << 12  # bytes of a message whose time is latency
+_LARGE = (1 << 18, 1 << 20)  # of messages whose time tells the rate
+_IN_FLIGHT = 4  # of the large ones: as buckets are, and more than a shaped link lets burst
+_REPEATS = 5
+_BUDGET = 0.25  # seconds; no larger message if one size has taken as long
 _LEAST, _MOST = 1 << 16, 25 << 20  # bytes a bucket; the most is DDP's default
 _MIB = 1 << 20
 
@@ -40,8 +42,8 @@ def measure_link(
 ) -> Link:
     """Measure all-reduces of a few sizes. A collective: all ranks of the group call it.
 
-    Takes some tenths of a second over 1 Gbit/s, less on faster links; on slow ones the larger
-    sizes are left out. Times include what the CPUs do, as reductions of gradients will.
+    Takes some 0.3 s over 1 Gbit/s and less on faster links; on slow ones the largest size is left
+    out. Times include what the CPUs do, as reductions of gradients will.
 
     Args:
         group: process group; the default one if not given.
@@ -57,18 +59,21 @@ def measure_link(
     if dist.get_world_size(group) == 1:
         return Link(0.0, math.inf)
     place = torch.device(device or _device_of(group))
-    _median_time(_SIZES[0], group, place, dtype)  # connections are made
-    sizes: list[int] = []
-    times: list[float] = []
-    for size in _SIZES:
-        sizes.append(size)
-        times.append(_slowest(_median_time(size, group, place, dtype), group, place))
-        if sum(times) * _REPEATS > _BUDGET:
+
+    def slowest_time(size: int, count: int) -> float:
+        numel = size // dtype.itemsize
+        messages = [torch.zeros(numel, dtype=dtype, device=place) for _ in range(count)]
+        return _slowest(_median_time(messages, group), group, place)
+
+    slowest_time(_SMALL, 1)  # connections are made
+    latency = slowest_time(_SMALL, 1)
+    for size in _LARGE:
+        total = slowest_time(size, _IN_FLIGHT)
+        if total * (_REPEATS + 1) > _BUDGET:
             break
-    latency, seconds_per_byte = _fit(sizes, times)
-    # The same floats on all ranks, which may have unlike processors.
-    latency = _slowest(latency, group, place)
-    return Link(latency, 1 / _slowest(seconds_per_byte, group, place))
+    # Taken twice, as ranks that lose their core for a moment inflate short times many times over.
+    latency = min(latency, slowest_time(_SMALL, 1))
+    return Link(latency, _IN_FLIGHT * size / max(total - latency, total / 2))
 
 
 def bucket_cap_mb(link: Link, total_bytes: float) -> float:
@@ -93,36 +98,24 @@ def bucket_cap_mb(link: Link, total_bytes: float) -> float:
     return min(max(math.sqrt(best), _LEAST), _MOST) / _MIB
 
 
-def _fit(sizes: list[int], times: list[float]) -> tuple[float, float]:
-    """Latency and seconds a byte that fit the times with the least relative errors."""
-    if len(sizes) == 1:
-        return times[0] / 2, times[0] / 2 / sizes[0]
-    design = torch.tensor([[1.0, size] for size in sizes], dtype=torch.float64)
-    measured = torch.tensor(times, dtype=torch.float64)
-    weighted = design / measured.unsqueeze(1)
-    fit = torch.linalg.lstsq(weighted, torch.ones(len(sizes), 1, dtype=torch.float64))
-    latency, seconds_per_byte = fit.solution.flatten().tolist()
-    return max(latency, 1e-6), max(seconds_per_byte, 1e-12)
-
-
-def _median_time(
-    size: int, group: dist.ProcessGroup | None, device: torch.device, dtype: torch.dtype
-) -> float:
-    message = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
-    synchronize = torch.get_device_module(device).synchronize
+def _median_time(messages: list[torch.Tensor], group: dist.ProcessGroup | None) -> float:
+    """Seconds in which the messages are reduced, all handed over at once."""
+    synchronize = torch.get_device_module(messages[0].device).synchronize
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(1 + _REPEATS * (1 if len(messages) > 1 else 3)):
         synchronize()
         start = time.perf_counter()
-        dist.all_reduce(message, group=group)
+        works = [dist.all_reduce(message, group=group, async_op=True) for message in messages]
+        for work in works:
+            work.wait()
         synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[1:])  # the first may find a shaped link idle, and burst
 
 
-def _slowest(value: float, group: dist.ProcessGroup | None, device: torch.device) -> float:
-    """The largest of the ranks' values."""
-    largest = torch.tensor([value], dtype=torch.float64, device=device)
+def _slowest(seconds: float, group: dist.ProcessGroup | None, device: torch.device) -> float:
+    """The largest of the ranks' times: the same float everywhere, so that all decide alike."""
+    largest = torch.tensor([seconds], dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest.item()
 
