@@ -21,7 +21,7 @@ from .kernel_timing import Side, calls_that_take, interleave, turns
 from .launch import SCRIPTS
 
 DENSITY = 0.1
-SIZES = (1 << 20, 1 << 21, 1 << 23)  # entries: below, at and above where a second thread starts
+SIZES = (1 << 22, 1 << 24, 1 << 25)  # entries: below, at and above where a second thread starts
 TURN = 0.02  # seconds: what the scheduler takes from a thread at a time should even out in it
 FREE, BUSY = "free", "busy"
 SPIN = """

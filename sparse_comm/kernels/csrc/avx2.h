@@ -36,6 +36,12 @@ static inline TARGET uint64_t running_counts(uint64_t word) {
     return ((word + (word >> 4)) & 0x0F0F0F0F0F0F0F0Fu) * 0x0101010101010101u;
 }
 
+/* Row number `byte b of word` of a table of 16-byte rows: shifted in place, not scaled after. */
+static inline TARGET __m128i row_of_bytes(const __m128i *table, uint64_t word, int b) {
+    uint64_t offset = (b ? word >> (8 * b - 4) : word << 4) & 0xFF0;
+    return _mm_load_si128((const __m128i *)((const char *)table + offset));
+}
+
 static inline TARGET __m256i row_of_lanes(const unsigned char *row) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)row));
 }
@@ -47,7 +53,7 @@ static inline TARGET uint16_t *LEVEL(select_word_16)(uint16_t *restrict packed,
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b++) {
         __m128i x = _mm_loadu_si128((const __m128i *)(dense + 8 * b));
-        x = _mm_shuffle_epi8(x, SELECT_BYTES[word >> 8 * b & 255]);
+        x = _mm_shuffle_epi8(x, row_of_bytes(SELECT_BYTES, word, b));
         _mm_storeu_si128((__m128i *)(packed + (before >> 8 * b & 255)), x);
     }
     return packed + (counts >> 56);
@@ -73,7 +79,7 @@ static inline TARGET const uint16_t *scatter_word_avx2_16(uint16_t *restrict den
 #pragma GCC unroll 8
     for (int b = 0; b < 8; b++) {
         __m128i x = _mm_loadu_si128((const __m128i *)(packed + (before >> 8 * b & 255)));
-        x = _mm_shuffle_epi8(x, SCATTER_BYTES[word >> 8 * b & 255]);
+        x = _mm_shuffle_epi8(x, row_of_bytes(SCATTER_BYTES, word, b));
         if (stream)
             _mm_stream_si128((__m128i *)(dense + 8 * b), x);
         else

@@ -1,14 +1,15 @@
 /* Pack and expand of whole tensors: blocks, their bounds, and threads that share them.
 
-   What a block selects or scatters passes through a buffer of its own in the first-level cache
-   and is held against the offsets before anything is written: whatever bitmap and offsets hold,
-   nothing outside the tensors is read or written. */
+   The values of a block pass through a buffer of its own in the first-level cache, which holds a
+   whole block, and are counted against the offsets: whatever bitmap and offsets hold, nothing
+   outside the tensors is read or written. */
 
 #include <pthread.h>
 #include <stdatomic.h>
 
 enum {
     GROUP = 128,              /* blocks that a thread takes at a time; a pair is half of it apart */
+    LEAST_GROUPS = 16,        /* a thread: 8.4M entries */
     MAX_THREADS = 64,
     STREAM_BYTES = 16 << 20,  /* dense tensors from this size on bypass the caches */
     STACK_BYTES = 1 << 20,
@@ -40,18 +41,20 @@ static int is_padded(const unsigned char *bits, size_t n) {
     return n % WORD == 0 || load_word(bits, n / WORD) >> n % WORD == 0;
 }
 
-/* Where the values of block b start, if it has `count` of them by the offsets, else -1. */
-static int64_t values_of(const job *j, int64_t b, size_t count) {
+/* Where the values of block b start, or -1 where the offsets leave the tensor. */
+static int64_t values_of(const job *j, int64_t b, size_t *count) {
     int64_t start = j->offsets[b], end = j->offsets[b + 1];
-    return start >= 0 && start <= end && end <= j->nnz && (size_t)(end - start) == count ? start
-                                                                                         : -1;
+    if (start < 0 || start > end || end > j->nnz || (uint64_t)(end - start) > entries(j, b)) return -1;
+    *count = (size_t)(end - start);
+    return start;
 }
 
 static void disagree(job *j, int64_t b) { atomic_store(&j->bad_block, b); }
 
 static void put(job *j, int64_t b, const void *packed, size_t count) {
-    int64_t start = values_of(j, b, count);
-    if (start < 0)
+    size_t expected;
+    int64_t start = values_of(j, b, &expected);
+    if (start < 0 || count != expected)
         disagree(j, b);
     else if (count) /* an empty tensor has no address */
         j->convert(j->out + (size_t)start * j->value_size, packed, count);
@@ -94,9 +97,8 @@ static void pack_group(job *j, int64_t first, int64_t last) {
 static void expand_block(job *j, int64_t b) {
     _Alignas(64) char packed[BLOCK * 8 + SLACK], tail[BLOCK * 8];
     const unsigned char *bits = j->bits + (size_t)b * WORDS * 8;
-    size_t n = entries(j, b), words = (n + WORD - 1) / WORD, count = 0;
-    for (size_t i = 0; i < words; i++) count += count_ones_baseline(load_word(bits, i));
-    int64_t start = values_of(j, b, count);
+    size_t n = entries(j, b), words = (n + WORD - 1) / WORD, count, used;
+    int64_t start = values_of(j, b, &count);
     if (start < 0 || !is_padded(bits, n)) {
         disagree(j, b);
         return;
@@ -105,11 +107,12 @@ static void expand_block(job *j, int64_t b) {
     if (count) j->convert(packed, j->in + (size_t)start * j->value_size, count);
     memset(packed + count * j->dense_size, 0, SLACK);
     if (n == words * WORD) {
-        j->level->scatter[j->width](out, packed, bits, words, j->stream);
+        used = j->level->scatter[j->width](out, packed, bits, words, j->stream);
     } else {
-        j->level->scatter[j->width](tail, packed, bits, words, 0);
+        used = j->level->scatter[j->width](tail, packed, bits, words, 0);
         memcpy(out, tail, n * j->dense_size);
     }
+    if (used != count) disagree(j, b);
 }
 
 static void expand_group(job *j, int64_t first, int64_t last) {
@@ -135,13 +138,14 @@ static void *run_groups(void *argument) {
 
 /* Run over all blocks; returns a block where bitmap and offsets disagree, or -1.
 
-   Threads are made for the call, from two groups each on: some 30 us against 200, and a fork finds
-   no pool to break. They take groups as they come, so that a busy core delays nobody for long. */
+   Threads are made for the call, so that a fork finds no pool to break, and take groups as they
+   come. One that is put on a busy core keeps the others waiting for its last group, a millisecond
+   or more: so only as many as have a millisecond's worth of groups each. */
 static int64_t run(job *j, void (*group)(job *, int64_t, int64_t), int threads) {
     work w = {j, group};
     pthread_t others[MAX_THREADS];
     pthread_attr_t attributes;
-    int64_t most = j->blocks / (2 * GROUP);
+    int64_t most = j->blocks / (LEAST_GROUPS * GROUP);
     int wanted = threads < most ? threads : (int)most, started = 0;
     atomic_init(&j->next, 0);
     atomic_init(&j->bad_block, -1);
