@@ -7,7 +7,8 @@ changes from round to round:
   machine has and by torch's index_select, masked_select, index_copy_ and the like, as fractions of
   the floor: the bytes that must move at the bandwidth of a non-temporal copy (pack), or of a
   non-temporal zero-fill (expand);
-- two threads against one, with the cores free and with another process on one of them;
+- two threads against one, with the cores free and with another process on one of them, and what
+  two threads gain that only copy and fill;
 - the optimizer step on compact gradients, pack and expand included, against dense fused AdamW on
   fp32 masters. Dense: the bf16 gradient is upcast to fp32, torch.optim.AdamW(fused=True) steps all
   masters, one fp32 multiplication by the mask holds the pruned ones at zero, and they are copied to
@@ -137,7 +138,7 @@ def run_all(options: argparse.Namespace, floors: Floors, console: Console) -> li
         rows: list = measure_floors(numel, repeats, seed, floors, bar)
         rows += measure_kernels(options, floors, bar)
         on_turn = bar("two threads", kernel_threads.total_turns(numel, repeats))
-        rows += kernel_threads.measure(numel, repeats, seed, on_turn)
+        rows += kernel_threads.measure(numel, repeats, seed, floors, on_turn)
         on_turn = bar("optimizer step", kernel_step.WAYS * repeats)
         rows += kernel_step.measure(numel, repeats, seed, on_turn)
         on_turn = bar("small tensors", kernel_calls.total_turns(repeats))
@@ -147,7 +148,9 @@ def run_all(options: argparse.Namespace, floors: Floors, console: Console) -> li
 
 def measure_floors(numel: int, repeats: int, seed: int, floors: Floors, bar: Bar) -> list[FloorRow]:
     dense = make_dense(numel, seed)[BF16]
-    sides = floor_sides(torch.zeros(dense.nbytes, dtype=torch.uint8), dense, floors)
+    sides = floor_sides(
+        torch.zeros(dense.nbytes, dtype=torch.uint8), dense, kernel_report.HEADLINE, floors
+    )
     on_turn = bar("what memory allows", len(sides) * repeats)
     measured = interleave({name: side for name, (side, _) in sides.items()}, repeats, on_turn)
     times = {name: median(samples) for name, samples in measured.items()}
@@ -188,15 +191,14 @@ def notes(options: argparse.Namespace, floors: Floors, steps: Sequence[StepRow])
         "ms: medians of the turns with 95 % bootstrap intervals; ratios are of medians over the "
         "same turns. All sides of a table's dtypes and density take turns in an order that changes "
         "from turn to turn; masked_select and the like have a few turns only.",
-        f"Floors: {floors.about}. *Of the floor* of pack and accumulate: the bytes that must move "
-        "(dense tensor, bitmap, offsets and values; values twice to accumulate) at the bandwidth "
-        "of the fastest non-temporal copy, which counts what it reads and what it writes, over the "
-        "time taken. *Of the plain copy's floor*: the same by a copy that reads in one stream and "
-        "asks for nothing ahead. Both suppose as many writes as reads; pack mostly reads, and no "
-        "pack is faster than the *read alone* of the dense tensor.",
-        "*Of the floor* of expand: the time of a non-temporal zero-fill of the dense tensor, times "
-        "all bytes that must move over those of the dense tensor, over the time taken; *of the "
-        "fill alone* leaves the values and the bitmap out.",
+        f"Floors: {floors.about}; the fastest of each kind counts. A fraction is the time that the "
+        "floor would take for all bytes that must move (dense tensor, bitmap, offsets and values; "
+        "values twice to accumulate) over the time taken. *Of the floor*: pack and accumulate "
+        "against a non-temporal copy, which counts what it reads and what it writes; expand "
+        "against a non-temporal fill with zeros. Memory may allow less than that. Pack mostly "
+        "reads: *of the read* holds it against reading the dense tensor and doing nothing with it. "
+        "And there are machines that write zeros faster than anything else: *of the fill with such "
+        "data* holds expand against a fill with numbers as dense as what it writes.",
         "Torch selects and scatters without converting, so with unlike dtypes it takes a second "
         "pass over the values; so it does to accumulate. `index_copy_` onto zeros does less than "
         "expand: it relies on pruned entries being zero already.",
@@ -204,7 +206,9 @@ def notes(options: argparse.Namespace, floors: Floors, steps: Sequence[StepRow])
         f"Two threads: bf16 dense tensors, f = {kernel_threads.DENSITY:g}, calls in a row for "
         f"{kernel_threads.TURN * 1e3:.0f} ms a turn. Busy: another process spins on one core. "
         "*Cores others used*: by the kernel's count of idle time, while this was measured. "
-        f"No harm: a speed-up of at least {kernel_report.NO_HARM:g}, in the worst case.",
+        f"No harm: a speed-up of at least {kernel_report.NO_HARM:g}, in the worst case. *Copy* and "
+        "*fill with such data* are halves of the floors by two threads: where two cores get no "
+        "more out of memory than one, two threads have nothing to gain.",
         f"Optimizer step: {steps[0].numel / 1e6:.1f}M parameters in matrices of a GPT of width "
         f"{steps[0].width}, AdamW with weight decay, from dense bf16 gradients to dense bf16 "
         "weights, zeros included. *Dense, fp32 mask on the weights*: gradient upcast to the fp32 "

@@ -11,6 +11,8 @@
    It prints the instruction sets that it checked, and ends with status 1 at the first
    difference. */
 
+#define _GNU_SOURCE /* jobs.h counts the cores; Python.h defines it for the extension */
+
 #include <stdio.h>
 #include <stdlib.h>
 

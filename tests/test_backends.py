@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -112,6 +113,18 @@ def test_every_pair_of_dtypes(
 def test_every_density(instruction_set: str, dtype: torch.dtype, density: float) -> None:
     pattern = random_pattern(20_011, density, 3)
     check(pattern, random_bits(20_011, dtype, 4), dtype, 5)
+
+
+@pytest.mark.parametrize("values", [0, 1, 31, 32, 33, 63, 64, 65, 4095, 4096])
+@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS)), ids=str)
+def test_blocks_with_any_number_of_values(
+    instruction_set: str, dtypes: tuple[torch.dtype, torch.dtype], values: int
+) -> None:
+    """Conversions go by chunks of 32; the last block's values have no others behind them."""
+    rng = np.random.default_rng(values)
+    masks = [rng.permutation(4096) < count for count in (values, 4096 - values, 100, values)]
+    pattern = SparsityPattern(torch.from_numpy(np.concatenate(masks)))
+    check(pattern, random_bits(4 * 4096, dtypes[0], values), dtypes[1], values)
 
 
 @settings(max_examples=60, deadline=None)

@@ -187,7 +187,7 @@ def test_floors_move_every_byte_and_no_other_with_a_compiler_and_without(
     monkeypatch.setenv("CC", compiler)
     floors = kernel_floors.load()
     is_libc = "libc" in floors.about
-    assert is_libc == (set(floors.copies) == {kernel_floors.LIBC_COPY})
+    assert is_libc == (set(floors.copies) == {kernel_floors.LIBC})
     if compiler != "cc":
         assert is_libc and ("compile" in floors.about or "x86-64" in floors.about)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8)
@@ -195,9 +195,21 @@ def test_floors_move_every_byte_and_no_other_with_a_compiler_and_without(
         buffer = torch.full((size + 64,), 7, dtype=torch.uint8)
         copy(buffer[:size], source)
         assert torch.equal(buffer[:size], source) and bool((buffer[size:] == 7).all())
-    buffer = torch.full((size + 64,), 7, dtype=torch.uint8)
-    floors.fill(buffer[:size])
-    assert not buffer[:size].any() and bool((buffer[size:] == 7).all())
+    numbers = kernel_floors.content(torch.uint8, 0.5)
+    for given in (kernel_floors.content(torch.uint8, 0), numbers):
+        expected = given.repeat(size // kernel_floors.PERIOD + 1)[:size]
+        for fill in floors.fills.values():
+            buffer = torch.full((size + 64,), 7, dtype=torch.uint8)
+            fill(buffer[:size], given)
+            assert torch.equal(buffer[:size], expected) and bool((buffer[size:] == 7).all())
+
+
+def test_what_fills_repeat_is_as_dense_as_asked():
+    for density in (0.0, 0.1, 1.0):
+        for dtype in (torch.bfloat16, torch.float32):
+            given = kernel_floors.content(dtype, density)
+            assert given.nbytes == kernel_floors.PERIOD
+            assert abs(given.count_nonzero().item() / given.numel() - density) < 0.03
 
 
 def test_a_floor_refuses_tensors_that_c_could_not_take():
@@ -205,7 +217,7 @@ def test_a_floor_refuses_tensors_that_c_could_not_take():
     tensor = torch.zeros(256, dtype=torch.uint8)
     for bad in (tensor[1:], tensor[::2]):
         with pytest.raises(ValueError, match="contiguous tensor, aligned to 64 bytes"):
-            floors.fill(bad)
+            floors.fills[kernel_floors.PLAIN](bad, tensor)
 
 
 # --- two threads ---------------------------------------------------------------------------------

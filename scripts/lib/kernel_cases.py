@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_comm import SparsityPattern, kernels
 from sparse_comm.kernels import native
 
-from .kernel_floors import READ, Floors
+from .kernel_floors import COPY, DATA_FILL, READ, ZERO_FILL, Floors, content
 from .kernel_timing import Side, turns
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -31,7 +31,7 @@ SHORT = {BF16: "bf16", FP32: "fp32"}
 REFERENCE = "reference"
 SELECT = ("index_select, int32", "index_select, int64")
 MASKED_SELECT, BOOL_INDEX = "masked_select", "t[bool]"
-COPY = "zero_ and index_copy_"
+INDEX_COPY = "zero_ and index_copy_"
 COPY_ONTO_ZEROS = "index_copy_ onto zeros"
 SCATTER = "zero_ and masked_scatter_"
 
@@ -80,20 +80,20 @@ def use(name: str) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation, pair of dtypes and density."""
+    """One operation, pair of dtypes and density; floors by kind (COPY, …) and by how."""
 
     operation: str
     source: torch.dtype
     target: torch.dtype
     density: float
     sides: dict[str, Side]
-    floors: dict[str, Side]
-    floor_bytes: dict[str, int]  # that each floor moves
+    floors: dict[tuple[str, str], Side]
+    floor_bytes: dict[str, int]  # that each kind of floor moves
     moved_bytes: int  # that the operation must move
     out: Tensor  # that sides write, or return a tensor like it
 
-    def all_sides(self) -> dict[str, Side]:
-        return {**self.sides, **self.floors}
+    def all_sides(self) -> dict[str | tuple[str, str], Side]:
+        return dict([*self.sides.items(), *self.floors.items()])
 
 
 def make_case(
@@ -121,25 +121,46 @@ def make_case(
         values = dense[source][: selection.nnz].clone()
         out = torch.empty(pattern.shape, dtype=target)
         sides = _expand_sides(values, out, selection)
-        room = scratch[: out.nbytes]
-        limits = {floors.fill_name: Side(partial(floors.fill, room))}
-        moved = values.nbytes + pattern_bytes + out.nbytes
+        limits = floor_runs(floors, scratch[: out.nbytes].view(target), None, selection.density)
         whole = out.nbytes
-        floor_bytes = {floors.fill_name: whole}
+        moved = values.nbytes + pattern_bytes + whole
     else:
         given = dense[source]
         out = torch.empty(selection.nnz, dtype=target)
         sides = _pack_sides(given, out, selection, operation == ACCUMULATE)
-        room = scratch[: given.nbytes].view(source)
-        limits = {name: Side(partial(copy, room, given)) for name, copy in floors.copies.items()}
-        floor_bytes = dict.fromkeys(limits, 2 * given.nbytes)
-        if floors.read is not None:
-            limits[READ] = Side(partial(floors.read, given))
-            floor_bytes[READ] = given.nbytes
-        out_bytes = out.nbytes * (2 if operation == ACCUMULATE else 1)
-        moved = given.nbytes + pattern_bytes + out_bytes
-    density = selection.density
-    return Case(operation, source, target, density, sides, limits, floor_bytes, moved, out)
+        limits = floor_runs(floors, scratch[: given.nbytes].view(source), given, selection.density)
+        whole = given.nbytes
+        moved = whole + pattern_bytes + out.nbytes * (2 if operation == ACCUMULATE else 1)
+    kinds = dict.fromkeys(kind for kind, _ in limits)
+    return Case(
+        operation,
+        source,
+        target,
+        selection.density,
+        sides,
+        {name: Side(run) for name, run in limits.items()},
+        {kind: whole * (2 if kind == COPY else 1) for kind in kinds},
+        moved,
+        out,
+    )
+
+
+def floor_runs(
+    floors: Floors, room: Tensor, dense: Tensor | None, density: float
+) -> dict[tuple[str, str], Callable[[], object]]:
+    """By kind and how: copies and reads of ``dense``, or fills where there is none to read."""
+    if dense is None:
+        return {
+            (kind, how): partial(fill, room, content(room.dtype, share))
+            for kind, share in ((ZERO_FILL, 0.0), (DATA_FILL, density))
+            for how, fill in floors.fills.items()
+        }
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    for how, copy in floors.copies.items():
+        runs[COPY, how] = partial(copy, room, dense)
+    for how, read in floors.reads.items():
+        runs[READ, how] = partial(read, dense)
+    return runs
 
 
 def case_turns(
@@ -187,7 +208,7 @@ def _expand_sides(values: Tensor, out: Tensor, selection: Selection) -> dict[str
     def convert() -> Tensor:
         return values if rounded is values else rounded.copy_(values)
 
-    sides[COPY] = Side(lambda: out.zero_().index_copy_(0, index, convert()))
+    sides[INDEX_COPY] = Side(lambda: out.zero_().index_copy_(0, index, convert()))
     sides[COPY_ONTO_ZEROS] = Side(lambda: out.index_copy_(0, index, convert()))
     sides[SCATTER] = Side(lambda: out.zero_().masked_scatter_(selection.mask, convert()), slow=True)
     return sides
@@ -217,20 +238,16 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
 
 
-def floor_sides(scratch: Tensor, dense: Tensor, floors: Floors) -> dict[str, tuple[Side, int]]:
-    """The floors and what torch and libc offer for the same, each with the bytes that it moves."""
+def floor_sides(
+    scratch: Tensor, dense: Tensor, density: float, floors: Floors
+) -> dict[str, tuple[Side, int]]:
+    """The floors and what torch offers for the same, each with the bytes that it moves."""
     room = scratch[: dense.nbytes].view(dense.dtype)
-    run: dict[str, Callable[[], object]] = {}
-    for name, copy in floors.copies.items():
-        run[name] = partial(copy, room, dense)
-    run["torch copy_"] = lambda: room.copy_(dense)
-    run[floors.fill_name] = partial(floors.fill, room)
-    run["torch zero_"] = room.zero_
-    if floors.read is not None:
-        run[READ] = partial(floors.read, dense)
-    copies = {*floors.copies, "torch copy_"}
+    runs = floor_runs(floors, room, dense, density) | floor_runs(floors, room, None, density)
+    runs[COPY, "torch copy_"] = lambda: room.copy_(dense)
+    runs[ZERO_FILL, "torch zero_"] = room.zero_
     sides = {}
-    for name, function in run.items():
-        function()
-        sides[name] = (Side(function), dense.nbytes * (2 if name in copies else 1))
+    for (kind, how), run in sorted(runs.items(), key=lambda item: item[0][0]):
+        run()
+        sides[f"{kind}, {how}"] = (Side(run), dense.nbytes * (2 if kind == COPY else 1))
     return sides

@@ -1,4 +1,4 @@
-"""What memory can do at best: copies, a fill and a read to hold pack and expand against.
+"""What memory can do at best: copies, fills and reads to hold pack and expand against.
 
 torch's ``copy_`` and ``zero_`` and libc's ``memcpy`` are not at the floor: their stores read each
 line before they overwrite it. So floors.c is compiled here, for the one run.
@@ -14,26 +14,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("floors.c")
 ALIGNMENT = 64  # bytes, that floors.c relies on; torch allocates so on the CPU
+PERIOD = 8192  # bytes that a fill repeats: they stay in the first-level cache
 
-PLAIN_COPY = "non-temporal copy, plain"
-FAST_COPY = "non-temporal copy, two streams"
-FILL = "non-temporal zero-fill"
-READ = "read, two streams"
-LIBC_COPY, LIBC_FILL = "libc memmove", "libc memset"
+COPY, ZERO_FILL, DATA_FILL, READ = "copy", "zero-fill", "fill with such data", "read"
+PLAIN, WIDE, TWO_STREAMS = "plain", "64 bytes at a time", "two streams"
+LIBC = "libc"
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Operations on whole contiguous tensors; copies are called with to and from."""
+    """Operations on whole contiguous tensors, by how they are done.
+
+    Attributes:
+        copies: called with to and from.
+        fills: called with to and with what to repeat in it, of PERIOD bytes.
+        reads: called with the tensor; none where nothing can be compiled.
+        about: what was measured, in words.
+    """
 
     copies: dict[str, Callable[[Tensor, Tensor], None]]
-    fill_name: str
-    fill: Callable[[Tensor], None]
-    read: Callable[[Tensor], None] | None
+    fills: dict[str, Callable[[Tensor, Tensor], None]]
+    reads: dict[str, Callable[[Tensor], None]]
     about: str
 
 
@@ -50,6 +56,14 @@ def load() -> Floors:
         return _of_libc(f"{SOURCE.name} could not be compiled: {error}")
 
 
+def content(dtype: torch.dtype, density: float) -> Tensor:
+    """What a fill repeats: PERIOD bytes of numbers, that share of them unlike zero."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(PERIOD // dtype.itemsize, generator=generator)
+    numbers[torch.rand(numbers.shape, generator=generator) >= density] = 0
+    return numbers.to(dtype)
+
+
 def _compiled(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="sparse-comm-") as folder:
         library = Path(folder) / "floors.so"
@@ -59,22 +73,35 @@ def _compiled(compiler: str) -> ctypes.CDLL:
 
 
 def _of_source(library: ctypes.CDLL) -> Floors:
-    address, size = ctypes.c_void_p, ctypes.c_size_t
-    library.copy_plain.argtypes = library.copy_two_streams.argtypes = [address, address, size]
-    library.read_two_streams.argtypes = library.fill_zero.argtypes = [address, size]
+    ways = {PLAIN: "plain"} | ({WIDE: "wide"} if library.has_wide() else {})
+    both = ways | {TWO_STREAMS: "two_streams"}
 
-    def copy_with(function: Callable) -> Callable[[Tensor, Tensor], None]:
+    def each(what: str, among: dict[str, str], *types: type) -> dict[str, Callable]:
+        found = {}
+        for way, name in among.items():
+            found[way] = getattr(library, f"{what}_{name}")
+            found[way].argtypes = types
+        return found
+
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+
+    def copy_by(function: Callable) -> Callable[[Tensor, Tensor], None]:
         return lambda to, source: function(_of(to), _of(source), source.nbytes)
 
+    def fill_by(function: Callable) -> Callable[[Tensor, Tensor], None]:
+        return lambda to, given: function(_of(to), to.nbytes, _of(given), given.nbytes)
+
+    def read_by(function: Callable) -> Callable[[Tensor], None]:
+        return lambda source: function(_of(source), source.nbytes)
+
+    copies = each("copy", both, address, address, size)
+    fills = each("fill", ways, address, size, address, size)
+    reads = each("read", both, address, size)
     return Floors(
-        {
-            FAST_COPY: copy_with(library.copy_two_streams),
-            PLAIN_COPY: copy_with(library.copy_plain),
-        },
-        FILL,
-        lambda to: library.fill_zero(_of(to), to.nbytes),
-        lambda source: library.read_two_streams(_of(source), source.nbytes),
-        "streaming stores (SSE2), compiled for this run",
+        {way: copy_by(function) for way, function in copies.items()},
+        {way: fill_by(function) for way, function in fills.items()},
+        {way: read_by(function) for way, function in reads.items()},
+        f"streaming stores, compiled for this run: {', '.join(both)}",
     )
 
 
@@ -83,11 +110,20 @@ def _of_libc(reason: str) -> Floors:
     address, size = ctypes.c_void_p, ctypes.c_size_t
     libc.memmove.argtypes = [address, address, size]
     libc.memset.argtypes = [address, ctypes.c_int, size]
+
+    def fill(to: Tensor, given: Tensor) -> None:
+        if given.any():
+            whole = to.nbytes // PERIOD * PERIOD
+            for start in range(0, whole, PERIOD):
+                libc.memmove(_of(to) + start, _of(given), PERIOD)
+            libc.memmove(_of(to) + whole, _of(given), to.nbytes - whole)
+        else:
+            libc.memset(_of(to), 0, to.nbytes)
+
     return Floors(
-        {LIBC_COPY: lambda to, source: libc.memmove(_of(to), _of(source), source.nbytes)},
-        LIBC_FILL,
-        lambda to: libc.memset(_of(to), 0, to.nbytes),
-        None,
+        {LIBC: lambda to, source: libc.memmove(_of(to), _of(source), source.nbytes)},
+        {LIBC: fill},
+        {},
         f"libc's memmove and memset, which may be slower than memory allows, because {reason}",
     )
 

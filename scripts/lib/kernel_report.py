@@ -2,34 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import bench, kernel_timing, results
 from .bench import Estimate
 from .kernel_calls import CallRow
 from .kernel_cases import (
     ACCUMULATE,
-    COPY,
     COPY_ONTO_ZEROS,
     EXPAND,
+    INDEX_COPY,
     PACK,
     SELECT,
     SHORT,
     Case,
     ours,
 )
-from .kernel_floors import PLAIN_COPY, READ
+from .kernel_floors import COPY, DATA_FILL, READ, ZERO_FILL
 from .kernel_step import COMPACT, StepRow
 from .kernel_threads import BUSY, FREE, ThreadsRow
 from .kernel_timing import Samples
 
 HEADLINE = 0.1  # the density whose table has all columns
-# Columns: fractions that hold for the bytes which the operation moves, or for the bare floor.
-FLOOR, PLAIN_FLOOR, BARE_READ, BARE_FILL = (
-    "of the floor",
-    "of the plain copy's floor",
-    "of the read alone",
-    "of the fill alone",
-)
+# Columns, by the kind of floor. The floor is what the targets name; the other holds on machines
+# whose memory reads slower than it copies, or writes zeros faster than anything else.
+FLOOR, OF_READ, OF_DATA_FILL = "of the floor", "of the read", "of the fill with such data"
+COLUMNS = {COPY: FLOOR, ZERO_FILL: FLOOR, READ: OF_READ, DATA_FILL: OF_DATA_FILL}
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class FloorRow:
 
 
 def rows_of(
-    case: Case, measured: Mapping[str, Samples], exact: Mapping[str, bool]
+    case: Case, measured: Mapping[Any, Samples], exact: Mapping[str, bool]
 ) -> list[KernelRow]:
     torch_ones = [measured[name] for name in case.sides if name not in ours()]
     best = min(torch_ones, key=lambda samples: kernel_timing.median(samples).value)
@@ -83,21 +81,13 @@ def rows_of(
     ]
 
 
-def _fractions(case: Case, measured: Mapping[str, Samples], how: str) -> dict[str, Estimate]:
-    """The floor is by the fastest copy or fill; others stand beside it."""
-
-    def fraction(name: str, moved: int) -> Estimate:
-        return kernel_timing.ratio(measured[name], measured[how], moved / case.floor_bytes[name])
-
-    writing = [name for name in case.floors if name != READ]
-    fastest = min(writing, key=lambda name: kernel_timing.median(measured[name]).value)
-    found = {FLOOR: fraction(fastest, case.moved_bytes)}
-    if PLAIN_COPY in case.floors:
-        found[PLAIN_FLOOR] = fraction(PLAIN_COPY, case.moved_bytes)
-    if READ in case.floors:
-        found[BARE_READ] = fraction(READ, case.floor_bytes[READ])
-    if case.operation == EXPAND:
-        found[BARE_FILL] = fraction(fastest, case.floor_bytes[fastest])
+def _fractions(case: Case, measured: Mapping[Any, Samples], how: str) -> dict[str, Estimate]:
+    """By the fastest floor of each kind, for all bytes that the operation moves."""
+    found = {}
+    for kind, whole in case.floor_bytes.items():
+        floors = [measured[name] for name in case.floors if name[0] == kind]
+        fastest = min(floors, key=lambda samples: kernel_timing.median(samples).value)
+        found[COLUMNS[kind]] = kernel_timing.ratio(fastest, measured[how], case.moved_bytes / whole)
     return found
 
 
@@ -140,7 +130,7 @@ def verdicts(
     for pair in (("fp32", "bf16"), bf16):
         expand = row(EXPAND, pair)
         judged += _of_floors(expand, EXPAND_OF_FLOOR)
-        for how in (COPY, COPY_ONTO_ZEROS):
+        for how in (INDEX_COPY, COPY_ONTO_ZEROS):
             judged.append(_faster(expand, row(EXPAND, pair, how), EXPAND_AGAINST_COPY))
     judged += of_threads(threads)
     judged += [
@@ -156,7 +146,6 @@ def _of_floors(row: KernelRow, wanted: float) -> list[Verdict]:
     return [
         _at_least(f"{what}, fraction {column}", fraction, wanted)
         for column, fraction in row.fractions.items()
-        if column in (FLOOR, PLAIN_FLOOR)
     ]
 
 
@@ -169,6 +158,7 @@ def of_threads(rows: Sequence[ThreadsRow]) -> list[Verdict]:
     """Scaling is judged while no one else uses the cores; harm always."""
     judged = []
     largest = max(row.numel for row in rows)
+    rows = [row for row in rows if row.operation in (PACK, EXPAND)]
     for row in rows:
         if row.numel == largest and row.other_core == FREE:
             text = f"{row.operation}, 2 threads, times as fast as 1"

@@ -1,11 +1,15 @@
-"""Whether two threads help pack and expand, and that they do no harm where a core is busy."""
+"""Whether two threads help pack and expand, and that they do no harm where a core is busy.
+
+Beside them stands how much faster two threads copy and fill memory, which is all they could gain.
+"""
 
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,7 @@ from sparse_comm import kernels
 from . import kernel_timing
 from .bench import Estimate
 from .kernel_cases import BF16, EXPAND, FP32, PACK, make_dense, make_selection, ours, use
+from .kernel_floors import COPY, DATA_FILL, Floors, content
 from .kernel_timing import Side, calls_that_take, interleave, turns
 from .launch import SCRIPTS
 
@@ -53,11 +58,14 @@ def sizes(numel: int) -> list[int]:
 
 
 def total_turns(numel: int, repeats: int) -> int:
-    sides = dict.fromkeys(range(len(sizes(numel)) * 2 * 2), Side(bool))
-    return 2 * turns(sides, repeats)
+    kernel_runs = len(sizes(numel)) * 2
+    sides = dict.fromkeys(range((2 * kernel_runs + 2) * 2), Side(bool))
+    return turns(sides, repeats)
 
 
-def measure(numel: int, repeats: int, seed: int, on_turn: Callable[[], None]) -> list[ThreadsRow]:
+def measure(
+    numel: int, repeats: int, seed: int, floors: Floors, on_turn: Callable[[], None]
+) -> list[ThreadsRow]:
     """bf16 dense tensors, f = 0.1: pack to bf16 values, expand from fp32 values."""
     use(ours()[0])
     cores = sorted(os.sched_getaffinity(0))
@@ -68,9 +76,11 @@ def measure(numel: int, repeats: int, seed: int, on_turn: Callable[[], None]) ->
     }
     rows = []
     try:
-        for state in (FREE, BUSY):
-            with nullcontext() if state == FREE else busy_core(cores[-1]):
-                rows += _measure(runs, state, cores, repeats, on_turn)
+        with ThreadPoolExecutor(1) as helper:
+            memory = {(kind, numel): run for kind, run in _memory(numel, floors, helper).items()}
+            rows += _measure(runs | memory, FREE, cores, repeats, on_turn)
+        with busy_core(cores[-1]):
+            rows += _measure(runs, BUSY, cores, repeats, on_turn)
     finally:
         torch.set_num_threads(1)
     return rows
@@ -85,6 +95,31 @@ def _operations(size: int, seed: int) -> dict[str, Callable[[], object]]:
         PACK: partial(kernels.pack, dense[BF16], pattern, out=packed),
         EXPAND: partial(kernels.expand, dense[FP32][: pattern.nnz].clone(), pattern, out=expanded),
     }
+
+
+def _memory(
+    size: int, floors: Floors, helper: ThreadPoolExecutor
+) -> dict[str, Callable[[], object]]:
+    """The fastest copy and fill, half of it by the helper if torch is set to two threads."""
+    dense, room = make_dense(size, 0)[BF16], torch.zeros(size, dtype=BF16)
+    given = content(BF16, DENSITY)
+    half = size // 2 // 4096 * 4096  # so that both are aligned
+
+    def by_both(run: Callable[[slice], object]) -> None:
+        if torch.get_num_threads() == 1:
+            run(slice(None))
+            return
+        other = helper.submit(run, slice(half, None))
+        run(slice(half))
+        other.result()
+
+    def copy(part: slice) -> None:
+        list(floors.copies.values())[-1](room[part], dense[part])
+
+    def fill(part: slice) -> None:
+        list(floors.fills.values())[-1](room[part], given)
+
+    return {COPY: partial(by_both, copy), DATA_FILL: partial(by_both, fill)}
 
 
 def _measure(

@@ -6,7 +6,9 @@
    does with payloads. Values of one type are copied as bits.
 
    Included once per instruction set, with TARGET (a function attribute) and LEVEL(name) defined;
-   the loops are plain C that compilers vectorise. */
+   the loops are plain C that compilers vectorise. They run over whole chunks, the last of which
+   overlaps the one before: a block has some hundred values, and the rest of them one by one took
+   as long as all others. */
 
 #ifndef SPARSE_COMM_CONVERT_TYPES
 #define SPARSE_COMM_CONVERT_TYPES
@@ -16,8 +18,11 @@
 #include <string.h>
 
 enum { F64, F32, F16, BF16, DTYPES };
+enum { SIZE_F64 = 8, SIZE_F32 = 4, SIZE_F16 = 2, SIZE_BF16 = 2 };
 
-static const size_t ITEMSIZE[DTYPES] = {8, 4, 2, 2};
+static const size_t ITEMSIZE[DTYPES] = {SIZE_F64, SIZE_F32, SIZE_F16, SIZE_BF16};
+
+enum { CHUNK = 32 };
 
 typedef void convert_run(void *restrict to, const void *restrict from, size_t count);
 
@@ -102,25 +107,41 @@ static inline TARGET void LEVEL(store_F16)(void *p, size_t i, float x) {
 /* convert: to = from. accumulate: to += from, added in fp32, or in fp64 where one is F64. */
 
 #define RUN(FROM, TO, SUM)                                                                         \
+    static inline TARGET void LEVEL(some_##FROM##_##TO)(                                           \
+        void *restrict to, const void *restrict from, size_t start, size_t end) {                  \
+        for (size_t i = start; i < end; i++)                                                       \
+            LEVEL(store_##TO)(to, i, (SUM)LEVEL(load_##FROM)(from, i));                            \
+    }                                                                                              \
+    CONVERT(FROM, TO)                                                                              \
+    ACCUMULATE(FROM, TO, SUM)
+
+/* Not by one memcpy: the C library may do that with REP MOVSB, which is slow for a block. */
+#define COPY(TYPE, SUM)                                                                            \
+    static inline TARGET void LEVEL(some_##TYPE##_##TYPE)(                                         \
+        void *restrict to, const void *restrict from, size_t start, size_t end) {                  \
+        memcpy((char *)to + start * SIZE_##TYPE, (const char *)from + start * SIZE_##TYPE,     \
+               (end - start) * SIZE_##TYPE);                                                     \
+    }                                                                                              \
+    CONVERT(TYPE, TYPE)                                                                            \
+    ACCUMULATE(TYPE, TYPE, SUM)
+
+#define CONVERT(FROM, TO)                                                                          \
     static TARGET void LEVEL(convert_##FROM##_##TO)(void *restrict to, const void *restrict from,  \
                                                     size_t count) {                                \
-        for (size_t i = 0; i < count; i++) LEVEL(store_##TO)(to, i, (SUM)LEVEL(load_##FROM)(from, i)); \
-    }                                                                                              \
-    static TARGET void LEVEL(accumulate_##FROM##_##TO)(void *restrict to,                          \
-                                                       const void *restrict from, size_t count) {  \
-        for (size_t i = 0; i < count; i++)                                                         \
-            LEVEL(store_##TO)(to, i, (SUM)LEVEL(load_##TO)(to, i) + (SUM)LEVEL(load_##FROM)(from, i)); \
+        if (count < CHUNK) {                                                                       \
+            LEVEL(some_##FROM##_##TO)(to, from, 0, count);                                         \
+            return;                                                                                \
+        }                                                                                          \
+        for (size_t i = 0; i + CHUNK <= count; i += CHUNK)                                         \
+            LEVEL(some_##FROM##_##TO)(to, from, i, i + CHUNK);                                     \
+        LEVEL(some_##FROM##_##TO)(to, from, count - CHUNK, count);                                 \
     }
 
-#define COPY(TYPE, SUM)                                                                            \
-    static TARGET void LEVEL(convert_##TYPE##_##TYPE)(void *restrict to,                           \
-                                                      const void *restrict from, size_t count) {   \
-        memcpy(to, from, count * ITEMSIZE[TYPE]);                                                  \
-    }                                                                                              \
-    static TARGET void LEVEL(accumulate_##TYPE##_##TYPE)(void *restrict to,                        \
-                                                         const void *restrict from, size_t count) {\
+#define ACCUMULATE(FROM, TO, SUM)                                                                  \
+    static TARGET void LEVEL(accumulate_##FROM##_##TO)(                                            \
+        void *restrict to, const void *restrict from, size_t count) {                              \
         for (size_t i = 0; i < count; i++)                                                         \
-            LEVEL(store_##TYPE)(to, i, (SUM)LEVEL(load_##TYPE)(to, i) + (SUM)LEVEL(load_##TYPE)(from, i)); \
+            LEVEL(store_##TO)(to, i, (SUM)LEVEL(load_##TO)(to, i) + (SUM)LEVEL(load_##FROM)(from, i)); \
     }
 
 COPY(F64, double)
@@ -142,6 +163,8 @@ COPY(BF16, float)
 
 #undef RUN
 #undef COPY
+#undef CONVERT
+#undef ACCUMULATE
 
 #define ROW(NAME, FROM)                                                                            \
     {LEVEL(NAME##_##FROM##_F64), LEVEL(NAME##_##FROM##_F32), LEVEL(NAME##_##FROM##_F16),           \

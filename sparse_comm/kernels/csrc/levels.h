@@ -14,6 +14,9 @@ PORTABLE_SCATTER(16)
 PORTABLE_SCATTER(32)
 PORTABLE_SCATTER(64)
 #include "blocks.h"
+SELECT_TWO(16)
+SELECT_TWO(32)
+SELECT_TWO(64)
 #undef LEVEL
 #undef TARGET
 
@@ -29,13 +32,17 @@ PORTABLE_SCATTER(64)
 PORTABLE_SELECT(64)
 PORTABLE_SCATTER(64)
 #include "blocks.h"
+SELECT_TWO(16)
+SELECT_TWO(32)
+SELECT_TWO(64)
 SCATTER(avx2, 16)
 SCATTER(avx2, 32)
 #undef LEVEL
 #undef TARGET
 
 #define TARGET                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,popcnt")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,popcnt,"        \
+                          "prefer-vector-width=512")))
 #define LEVEL(name) name##_avx512
 #include "convert.h"
 #include "portable.h"
@@ -51,28 +58,30 @@ SCATTER(avx512, 64)
 
 typedef struct {
     const char *name;
-    /* by log2 of the element size, from 2 bytes on */
-    select_blocks *select_one[3], *select_two[3];
+    /* by log2 of the element size, from 2 bytes on; two only where that is faster */
+    select_block *select_one[3];
+    select_blocks *select_two[3];
     scatter_block *scatter[3];
     convert_run *const (*convert)[DTYPES], *const (*accumulate)[DTYPES];
 } level;
 
-#define TABLE(NAME, LEVEL)                                                                         \
+#define TABLE(NAME, LEVEL, ...)                                                                    \
     {NAME,                                                                                         \
      {LEVEL(select_one_16), LEVEL(select_one_32), LEVEL(select_one_64)},                           \
-     {LEVEL(select_two_16), LEVEL(select_two_32), LEVEL(select_two_64)},                           \
+     {__VA_ARGS__},                                                                                \
      {LEVEL(scatter_16), LEVEL(scatter_32), LEVEL(scatter_64)},                                    \
      LEVEL(CONVERT),                                                                               \
      LEVEL(ACCUMULATE)}
+#define TWO(LEVEL) LEVEL(select_two_16), LEVEL(select_two_32), LEVEL(select_two_64)
 #define BASELINE(name) name##_baseline
 #define AVX2(name) name##_avx2
 #define AVX512(name) name##_avx512
 
 static const level LEVELS[] = {
-    TABLE("baseline", BASELINE),
+    TABLE("baseline", BASELINE, TWO(BASELINE)),
 #ifdef __x86_64__
-    TABLE("avx2", AVX2),
-    TABLE("avx512", AVX512),
+    TABLE("avx2", AVX2, TWO(AVX2)),
+    TABLE("avx512", AVX512, NULL),
 #endif
 };
 

@@ -48,6 +48,7 @@ static int prepare(job *j, const long long *a, int dense_dtype, int value_dtype)
     j->blocks = (a[NUMEL] + BLOCK - 1) / BLOCK;
     j->dense_size = ITEMSIZE[dense_dtype];
     j->value_size = ITEMSIZE[value_dtype];
+    j->copies = dense_dtype == value_dtype;
     j->width = j->dense_size == 2 ? 0 : j->dense_size == 4 ? 1 : 2;
     return 0;
 }
