@@ -3,8 +3,9 @@
 From one pruned start, on equal batches of text and in turn, it trains: masked dense under DDP in
 fp32, in bf16 and by PowerSGD; with torch's sparse COO all-reduce; by SAMO as published; and
 compact, by sparse_comm. Two ranks (one thread each, gloo), joined by a link of 1 Gbit/s between
-network namespaces (needs root) and by the loopback. Before, on one process and with nothing to
-send, it measures what compaction itself costs.
+network namespaces (needs root) and by the loopback. All compute in fp32, then all in bf16 where the
+processor is faster in it. Before, on one process and with nothing to send, it measures what
+compaction itself costs.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -23,7 +26,7 @@ from lib.bench import LOOPBACK, RANKS, link_name, run_over
 from lib.job import add_bar, progress_bars, run_job, run_script
 from lib.netns import LinkUnavailable
 from lib.pair import BLOCK, UNTIMED
-from lib.step_kinds import KINDS
+from lib.step_kinds import COMPUTE_BF16, COMPUTE_FP32, KINDS, ROUNDING
 from lib.step_one import SIDES
 from lib.step_one import UNTIMED as UNTIMED_ALONE
 from lib.step_peers import LEARNING_RATE, WEIGHT_DECAY
@@ -59,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Writes {WRITTEN}. Takes some ten minutes on two cores, and 10 GB of memory.",
+        epilog=f"Writes {WRITTEN}. Takes some 20 minutes on two cores, and 10 GB of memory.",
     )
     parser.add_argument(
         "--links",
@@ -76,6 +79,14 @@ def parse_arguments() -> argparse.Namespace:
         default=[0.1],
         metavar="F",
         help="unpruned parameters over all, biases and norms included (default: 0.1)",
+    )
+    parser.add_argument(
+        "--compute",
+        nargs="+",
+        choices=tuple(ROUNDING),
+        default=[COMPUTE_FP32, *([COMPUTE_BF16] if is_fast_in_bf16() else [])],
+        help="fp32, or bf16 by torch.autocast with fp32 masters (default: fp32, and bf16 if the "
+        "processor has instructions for it)",
     )
     steps, tokens = FULL["steps"], FULL["tokens"]
     parser.add_argument("--steps", type=int, help=f"of each training (default: {steps})")
@@ -103,6 +114,11 @@ def parse_arguments() -> argparse.Namespace:
     given = {name: vars(options)[name] for name in ("steps", "tokens") if vars(options)[name]}
     options.size = (QUICK if options.quick else FULL) | given | {"seed": options.seed}
     return options
+
+
+def is_fast_in_bf16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -133,6 +149,7 @@ def run_all(options: argparse.Namespace, notes: list[str], console: Console) -> 
         progress_bars(console) as progress,
     ):
         job = options.size | {"start": str(Path(folder) / "warm.pt")}
+        job["computes"] = options.compute
         measured += run_alone(job, options.density, progress)
         for link in options.links:
             try:
@@ -148,7 +165,7 @@ def run_all(options: argparse.Namespace, notes: list[str], console: Console) -> 
 
 def run_alone(job: dict, densities: Sequence[float], progress: Progress) -> list[Cost]:
     """The warm-up that files ``job["start"]``, and the costs on one process."""
-    turns = len(densities) * SIDES * (UNTIMED_ALONE + job["repeats"])
+    turns = len(densities) * len(job["computes"]) * SIDES * (UNTIMED_ALONE + job["repeats"])
     on_progress = add_bar(progress, "warm-up, then one process", job["warm_up"] + turns)
     [result] = run_job("lib.step_one", job | {"densities": densities}, 1, on_progress)
     return [cost for section in result["sections"] for cost in step_report.costs_of(section)]
@@ -160,13 +177,14 @@ def run_link(
     """The rows of one link."""
     rows = []
     counted = ""
-    for density in densities:
-        text = f"steps, {link_name(link)}, f = {density:g}"
-        on_progress = add_bar(progress, text, len(KINDS) * job["steps"])
-        ranks, counted = run_over(link, "lib.step_rank", job | {"density": density}, on_progress)
+    for density, compute in product(densities, job["computes"]):
+        section = (link, density, compute)
+        on_progress = add_bar(progress, step_report.title_of(section), len(KINDS) * job["steps"])
+        of_this = job | {"density": density, "compute": compute}
+        ranks, counted = run_over(link, "lib.step_rank", of_this, on_progress)
         if not notes:
             notes.append(about(job, ranks[0]))
-        rows += step_report.rows_of(link, density, ranks)
+        rows += step_report.rows_of(section, ranks)
     notes.append(f"MB counted, {link_name(link)}: {counted}; a step's, mean over blocks.")
     return rows
 
@@ -184,9 +202,10 @@ def about(job: dict, rank: dict) -> str:
 
 
 NOTES = (
-    "All compute in fp32 and step with fused AdamW (learning rate "
-    f"{LEARNING_RATE:g}, weight decay {WEIGHT_DECAY:g}); they differ in what is sent and stored. "
-    "(CPUs without matrix units for bf16 are no faster in it.)",
+    f"All step with fused AdamW on fp32 weights (learning rate {LEARNING_RATE:g}, weight decay "
+    f"{WEIGHT_DECAY:g}); they differ in what is sent and stored. Computing in bf16: under "
+    "torch.autocast, which rounds dense weights in each forward; sparse_comm with "
+    "compute_dtype=torch.bfloat16, which expands fp32 values straight to bf16 weights.",
     f"Steps of one training come in blocks of {BLOCK}, in an order of trainings that changes from "
     f"block to block; the first {UNTIMED} of a block are not timed. All trainings see the same "
     "batches. step: of the slower rank; medians with 95 % bootstrap intervals; ratios are of "
@@ -202,7 +221,8 @@ NOTES = (
     "COO: fp32, indices of int64, one collective a matrix after backward; then dense AdamW, which "
     "needs no masks. SAMO: int32 index, compressed in backward, one collective a matrix after "
     "backward, AdamW on compressed tensors, expansion in its step; its weights and gradients are "
-    "fp32 here, and the bf16 collective converts.",
+    "fp32 here, which autocast rounds as it does the dense ones, and the bf16 collective "
+    "converts.",
     "sparse_comm: cached unless it says transient. Cached weights are expanded in forward, "
     "transient ones in forward and again in backward; both pack in backward.",
     f"last losses: mean of the last {FINAL_STEPS} steps (or of all, if fewer). largest |Δloss|: "
@@ -223,7 +243,7 @@ def write(
     costs = [row for row in measured if isinstance(row, Cost)]
     judged = step_report.verdicts(rows, costs)
     facts = {
-        "settings": options.size | {"densities": options.density},
+        "settings": options.size | {"densities": options.density, "computes": options.compute},
         "notes": notes,
         "targets": [asdict(verdict) for verdict in judged],
         "one_process": [asdict(cost) for cost in costs],

@@ -14,6 +14,10 @@ KINDS = (
     *(SAMO_FP32, SAMO_BF16, OURS_FP32, OURS, OURS_TRANSIENT),
 )
 
+# What is computed in, and what its losses may differ by where nothing but rounding differs (nats).
+COMPUTE_FP32, COMPUTE_BF16 = "fp32", "bf16"
+ROUNDING = {COMPUTE_FP32: 1e-4, COMPUTE_BF16: 5e-3}
+
 # Those on one process.
 MASKED_DENSE = "masked dense"
 CACHED, TRANSIENT = "compact, cached", "compact, transient"

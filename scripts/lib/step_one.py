@@ -1,7 +1,8 @@
 """The one process of ``bench_step.py`` without a network: the warm-up, and what compaction costs.
 
-One call with ``job["densities"]``: trains the dense model a little and files its weights as
-``job["start"]``; then, for each density, masked dense and compact training take turns step by step.
+One call with ``job["densities"]`` and ``job["computes"]``: trains the dense model a little and
+files its weights as ``job["start"]``; then, for each of both, masked dense and compact training
+take turns step by step.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from sparse_comm import kernels
 
 from .job import read_job
 from .launch import rank_main, report_progress
-from .step_peers import Peer, adamw, alone
+from .step_peers import Peer, adamw, alone, computing
 from .step_start import CONTEXT, SIZE, Data, new_model, pruned_start, pruned_weights_left
 
 UNTIMED = 2  # steps of each at the start
@@ -29,12 +30,13 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     sections = []
     for density in job["densities"]:
         model, masks = pruned_start(job | {"density": density})
-        sides = list(alone(model, masks))
-        assert len(sides) == SIDES
-        measured = train_in_turn(sides, job, data)
-        for side, facts in zip(sides, measured, strict=True):
-            facts["pruned_weights_left"] = pruned_weights_left(side, masks)
-        sections.append({"density": density, "sides": measured})
+        for compute in job["computes"]:
+            sides = list(computing(alone(model, masks, compute), compute))
+            assert len(sides) == SIDES
+            measured = train_in_turn(sides, job, data)
+            for side, facts in zip(sides, measured, strict=True):
+                facts["pruned_weights_left"] = pruned_weights_left(side, masks)
+            sections.append({"density": density, "compute": compute, "sides": measured})
     return {"warm_up_losses": losses, "sections": sections}
 
 

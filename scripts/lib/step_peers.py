@@ -1,14 +1,16 @@
 """The trainings that ``bench_step.py`` compares: one pruned model, its gradients reduced in turn.
 
-Every peer is a whole training: its own copy of the weights, its optimizer (fused AdamW), and what
-keeps its pruned weights at zero. All compute in fp32 and differ in what they send and store.
+Every peer is a whole training: its own copy of the fp32 weights, its optimizer (fused AdamW), and
+what keeps its pruned weights at zero. All compute in fp32, or all in bf16 under torch.autocast;
+they differ in what they send and store.
 """
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from .bench import RANKS
 from .model import GPT
 from .step_kinds import (
     CACHED,
+    COMPUTE_BF16,
+    COMPUTE_FP32,
     COO,
     DENSE_BF16,
     DENSE_BF16_TUNED,
@@ -46,6 +50,7 @@ from .step_kinds import (
 
 LEARNING_RATE = 5e-4
 WEIGHT_DECAY = 0.1
+COMPUTE_DTYPE = {COMPUTE_FP32: None, COMPUTE_BF16: torch.bfloat16}  # an argument of ``compact``
 INT64, FP32, BF16 = 8, 4, 2  # bytes
 MIB = 2**20
 
@@ -55,7 +60,7 @@ def nothing() -> None:
 
 
 class Peer:
-    """One training.
+    """One training; it computes in fp32 unless ``compute`` says otherwise.
 
     Args:
         kind: its name in tables.
@@ -80,6 +85,7 @@ class Peer:
     ) -> None:
         self.kind, self.module, self.model, self.payload = kind, module, model, payload
         self._update, self._reduce, self._mask = update, reduce, mask
+        self.compute = COMPUTE_FP32
         self._computed = 0.0  # when backward had computed all but the embeddings' gradients
         module.token_embedding.register_forward_hook(self._watch_backward)
 
@@ -99,7 +105,8 @@ class Peer:
         "mask".
         """
         times = [time.perf_counter()]
-        loss = self.model(tokens, targets)
+        with self.autocast():
+            loss = self.model(tokens, targets)
         times.append(time.perf_counter())
         loss.backward()
         self._reduce()
@@ -112,6 +119,15 @@ class Peer:
         names = ("forward", "backward", "exposed", "optimizer", "mask")
         lengths = [end - start for start, end in pairwise(times)]
         return loss.item(), dict(zip(names, lengths, strict=True))
+
+    def autocast(self) -> torch.autocast:
+        """The context in which its modules compute."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.compute == COMPUTE_BF16)
+
+    def held_out_loss(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """Mean over this rank's batches, without DDP."""
+        with torch.no_grad(), self.autocast():
+            return fmean(self.module(*batch).item() for batch in batches)
 
     def _watch_backward(self, embedding: nn.Module, inputs: Any, output: Tensor) -> None:
         if output.requires_grad:
@@ -144,7 +160,14 @@ def bytes_of(module: nn.Module, itemsize: int) -> int:
 # --- on one process ------------------------------------------------------------------------------
 
 
-def alone(start: GPT, masks: Mapping[str, Tensor]) -> Iterator[Peer]:
+def computing(peers: Iterable[Peer], compute: str) -> Iterator[Peer]:
+    """The peers, having been told what to compute in."""
+    for peer in peers:
+        peer.compute = compute
+        yield peer
+
+
+def alone(start: GPT, masks: Mapping[str, Tensor], compute: str) -> Iterator[Peer]:
     """Masked dense training without a network, then compact training in both modes."""
     module = copy.deepcopy(start)
     factors = {name: mask.float() for name, mask in masks.items()}
@@ -153,14 +176,14 @@ def alone(start: GPT, masks: Mapping[str, Tensor]) -> Iterator[Peer]:
     modes: dict[str, Mode] = {CACHED: "cached", TRANSIENT: "transient"}
     for kind, mode in modes.items():
         module = copy.deepcopy(start)
-        sparse_comm.compact(module, masks, weights=mode)
+        sparse_comm.compact(module, masks, weights=mode, compute_dtype=COMPUTE_DTYPE[compute])
         yield Peer(kind, module, module, adamw(module).step)
 
 
 # --- on two --------------------------------------------------------------------------------------
 
 
-def make_peers(start: GPT, masks: Mapping[str, Tensor]) -> Iterator[Peer]:
+def make_peers(start: GPT, masks: Mapping[str, Tensor], compute: str) -> Iterator[Peer]:
     """All of KINDS, from the weights of ``start``, whose pruned entries are zero."""
     # One set of factors for all that are masked: they would take 4 bytes a parameter each.
     factors = {name: mask.float() for name, mask in masks.items()}
@@ -169,9 +192,10 @@ def make_peers(start: GPT, masks: Mapping[str, Tensor]) -> Iterator[Peer]:
     yield coo(copy.deepcopy(start), masks)
     yield samo(SAMO_FP32, copy.deepcopy(start), masks)
     yield samo(SAMO_BF16, copy.deepcopy(start), masks)
-    yield compact(OURS_FP32, copy.deepcopy(start), masks, "cached", None)
-    yield compact(OURS, copy.deepcopy(start), masks, "cached", torch.bfloat16)
-    yield compact(OURS_TRANSIENT, copy.deepcopy(start), masks, "transient", torch.bfloat16)
+    dtype = COMPUTE_DTYPE[compute]
+    yield compact(OURS_FP32, copy.deepcopy(start), masks, "cached", None, dtype)
+    yield compact(OURS, copy.deepcopy(start), masks, "cached", torch.bfloat16, dtype)
+    yield compact(OURS_TRANSIENT, copy.deepcopy(start), masks, "transient", torch.bfloat16, dtype)
 
 
 def dense(kind: str, module: GPT, factors: Mapping[str, Tensor]) -> Peer:
@@ -195,17 +219,18 @@ def compact(
     module: GPT,
     masks: Mapping[str, Tensor],
     weights: Mode,
-    dtype: torch.dtype | None,
+    wire: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
 ) -> Peer:
-    """Ours: gradients are compact and travel in ``dtype``, None for fp32."""
-    sparse_comm.compact(module, masks, weights=weights)
-    ddp = distributed_data_parallel(module, reduction=Reduction(dtype))
-    payload = bytes_of(module, dtype.itemsize if dtype else FP32)
+    """Ours: gradients are compact and travel in ``wire``, None for fp32."""
+    sparse_comm.compact(module, masks, weights=weights, compute_dtype=compute_dtype)
+    ddp = distributed_data_parallel(module, reduction=Reduction(wire))
+    payload = bytes_of(module, wire.itemsize if wire else FP32)
     return Peer(kind, module, ddp, adamw(module).step, payload)
 
 
 class HalfCollectiveSamo(Samo):
-    """SAMO's half-precision collective for a model that computes in fp32."""
+    """SAMO's half-precision collective for a model whose gradients are fp32."""
 
     def all_reduce(self) -> None:
         halves = [layer.half_gradient.bfloat16() for layer in self.layers.values()]

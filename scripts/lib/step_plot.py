@@ -1,4 +1,7 @@
-"""The plot of ``bench_step.py``: losses of all, then what a step consists of, a panel a link."""
+"""The plot of ``bench_step.py``: losses of all, then what a step consists of, a panel a link.
+
+One line of panels for what is computed in.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
 from .bench import link_name
 from .step_kinds import DENSE_BF16, DENSE_FP32, OURS, POWERSGD
-from .step_report import PHASES, Cost, Row, reference_of
+from .step_report import PHASES, Cost, Row, reference_of, sections
 
 COLOURS = {
     "forward": "#9aa5b1",
@@ -34,27 +38,42 @@ SMALLEST = 1e-8  # difference of losses that the plot shows; equal ones stand th
 
 
 def draw(rows: Sequence[Row], costs: Sequence[Cost], path: Path) -> None:
-    """Write the plot of all rows to ``path``; each link and density has the same kinds."""
-    panels = list(dict.fromkeys((row.link, row.density) for row in rows))
-    of_panel = [[row for row in rows if (row.link, row.density) == panel] for panel in panels]
-    height = 0.36 * len(of_panel[0]) + 2.0
-    figure = plt.figure(figsize=(10.2 + 4.0 * len(panels), height), layout="constrained")
+    """Write the plot of all rows to ``path``; each section has the same kinds."""
+    computes = list(dict.fromkeys(row.compute for row in rows))
+    panels = len(sections(rows)) // len(computes)
+    height = 0.36 * len(rows) / len(sections(rows)) + 2.2
+    size = (10.2 + 4.0 * panels, height * len(computes))
+    figure = plt.figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(len(computes), 1, squeeze=False)
+    for part, compute in zip(parts[:, 0], computes, strict=True):
+        part.suptitle(f"computing in {compute}", fontsize=12, fontweight="bold")
+        _draw_compute(
+            part,
+            [row for row in rows if row.compute == compute],
+            [cost for cost in costs if cost.compute == compute],
+        )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_compute(figure: SubFigure, rows: Sequence[Row], costs: Sequence[Cost]) -> None:
+    """Losses, a panel a link and density, and the costs, side by side."""
+    panels = [[row for row in rows if row.section == section] for section in sections(rows)]
     widths = [1.0, *(1.15 for _ in panels), 0.8]
     grid = figure.add_gridspec(2, len(widths), width_ratios=widths, height_ratios=[2, 1])
     losses = figure.add_subplot(grid[0, 0])
-    _losses(losses, of_panel[0])
-    _differences(figure.add_subplot(grid[1, 0], sharex=losses), of_panel[0])
+    _losses(losses, panels[0])
+    _differences(figure.add_subplot(grid[1, 0], sharex=losses), panels[0])
     axes = [figure.add_subplot(grid[:, column]) for column in range(1, len(widths))]
-    for axis, (link, density), of_this in zip(axes[:-1], panels, of_panel, strict=True):
+    for axis, of_this in zip(axes[:-1], panels, strict=True):
         _steps(axis, of_this)
-        axis.set_title(f"A step, {link_name(link)}, f = {density:g}", fontsize=11)
+        title = f"A step, {link_name(of_this[0].link)}, f = {of_this[0].density:g}"
+        axis.set_title(title, fontsize=11)
         axis.set_xlabel("ms (times as fast as the better dense bf16)")
     for axis in axes[1:-1]:
         axis.set_yticklabels([])
     axes[0].legend(loc="lower right", fontsize=8, framealpha=1, edgecolor="white")
     _costs(axes[-1], costs)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _losses(axis: Axes, rows: Sequence[Row]) -> None:

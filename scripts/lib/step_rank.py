@@ -11,7 +11,7 @@ from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .netns import transmitted_bytes
 from .pair import BLOCK, UNTIMED, mean_loss
-from .step_peers import Peer, make_peers
+from .step_peers import Peer, computing, make_peers
 from .step_start import Data, pruned_start, pruned_weights_left
 
 
@@ -23,10 +23,10 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     data = Data(job, rank)
     model, masks = pruned_start(job)
     start_loss = mean_loss(model, data.held_out)
-    peers = list(make_peers(model, masks))
+    peers = list(computing(make_peers(model, masks, job["compute"]), job["compute"]))
     measured = train_in_turn(peers, job, data)
     for peer, facts in zip(peers, measured, strict=True):
-        facts["held_out"] = mean_loss(peer.module, data.held_out)
+        facts["held_out"] = peer.held_out_loss(data.held_out)
         facts["pruned_weights_left"] = pruned_weights_left(peer, masks)
     leave()
     return {

@@ -14,14 +14,16 @@ from .step_kinds import (
     DENSE_FP32,
     OURS,
     POWERSGD,
+    ROUNDING,
     TRANSIENT,
     Phases,
 )
 
 FINAL_STEPS = 10  # the training loss at the end is the mean of that many
-ROUNDING = 1e-4  # of losses in nats that count as the same
 TUNED = (DENSE_BF16, DENSE_BF16_TUNED)  # ratios are against the faster
 PHASES = ("forward", "backward", "exposed", "optimizer")  # the last with "mask"
+
+Section = tuple[str, float, str]  # link, density, what is computed in
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Row:
 
     link: str
     density: float
+    compute: str
     kind: str
     bucket_mb: float | None
     payload: int  # bytes of gradients that a rank has to send in a step
@@ -45,6 +48,11 @@ class Row:
     seconds: list[float] = field(repr=False)
 
     @property
+    def section(self) -> Section:
+        """What its table and panel hold."""
+        return self.link, self.density, self.compute
+
+    @property
     def exact(self) -> bool:
         """Whether nothing but rounding may tell its losses from the dense ones."""
         return self.kind != POWERSGD
@@ -53,12 +61,18 @@ class Row:
     def wrong(self) -> bool:
         """Whether it is not the training that it should be."""
         finite = all(math.isfinite(loss) for loss in [*self.losses, self.held_out])
-        same = self.difference <= ROUNDING or not self.exact
+        same = self.difference <= ROUNDING[self.compute] or not self.exact
         return not finite or not same or self.pruned_weights_left > 0
 
 
-def rows_of(link: str, density: float, ranks: Sequence[dict]) -> list[Row]:
-    """The rows of one link and density, from what its ranks returned."""
+def title_of(section: Section) -> str:
+    link, density, compute = section
+    return f"{link_name(link)}, f = {density:g}, computing in {compute}"
+
+
+def rows_of(section: Section, ranks: Sequence[dict]) -> list[Row]:
+    """The rows of one section, from what its ranks returned."""
+    link, *_ = section
     share = len(ranks) if link == LOOPBACK else 1  # of a counter that ranks share
     peers = list(zip(*(rank["peers"] for rank in ranks), strict=True))
     seconds = {both[0]["kind"]: _steps(both) for both in peers}
@@ -71,8 +85,7 @@ def rows_of(link: str, density: float, ranks: Sequence[dict]) -> list[Row]:
         sent = _means(facts["bytes"] for facts in both)
         rows.append(
             Row(
-                link,
-                density,
+                *section,
                 kind,
                 both[0]["bucket_mb"],
                 both[0]["payload"],
@@ -89,6 +102,10 @@ def rows_of(link: str, density: float, ranks: Sequence[dict]) -> list[Row]:
             )
         )
     return rows
+
+
+def sections(rows: Sequence[Row]) -> list[Section]:
+    return list(dict.fromkeys(row.section for row in rows))
 
 
 def reference_of(kind: str) -> str:
@@ -119,6 +136,7 @@ class Cost:
     """One way to train on one process, and its time over that of masked dense training."""
 
     density: float
+    compute: str
     kind: str
     times: dict[str, float]  # s, medians: phases, "pack", "expand"
     forward_backward: Estimate  # s
@@ -131,7 +149,7 @@ class Cost:
 
     @property
     def wrong(self) -> bool:
-        return not self.difference <= ROUNDING or self.pruned_weights_left > 0
+        return not self.difference <= ROUNDING[self.compute] or self.pruned_weights_left > 0
 
 
 def costs_of(section: dict) -> list[Cost]:
@@ -144,6 +162,7 @@ def costs_of(section: dict) -> list[Cost]:
         rows.append(
             Cost(
                 section["density"],
+                section["compute"],
                 side["kind"],
                 {name: median(phases[name] for phases in side["phases"]) for name in names},
                 bench.median(_sums(side, compute)),
@@ -185,36 +204,36 @@ def verdicts(rows: Sequence[Row], costs: Sequence[Cost]) -> list[Verdict]:
     judged = []
     for row in rows:
         if (row.link, row.density, row.kind) == ("1gbit", 0.1, OURS):
-            where = link_name(row.link)
+            where, limit = title_of(row.section), ROUNDING[row.compute]
             got, wanted = row.ratio.text(2), f"≥ {STEP_TARGET:g}×"
-            text = f"{OURS}, whole step against the better dense bf16, f = {row.density:g}"
+            text = f"{OURS}, whole step against the better dense bf16"
             judged.append(Verdict(where, text, got, wanted, row.ratio.value >= STEP_TARGET))
             text = f"{OURS}, largest difference of losses from dense bf16"
-            got, wanted = f"{row.difference:.1e}", f"≤ {ROUNDING:g} nats"
-            judged.append(Verdict(where, text, got, wanted, row.difference <= ROUNDING))
+            got, wanted = f"{row.difference:.1e}", f"≤ {limit:g} nats"
+            judged.append(Verdict(where, text, got, wanted, row.difference <= limit))
     for cost in costs:
-        if limit := COST_TARGETS.get(cost.kind):
+        if most := COST_TARGETS.get(cost.kind):
             for what, ratio in (
                 ("forward and backward", cost.forward_backward_ratio),
                 ("whole step, dense without masks", cost.unmasked_ratio),
                 ("whole step", cost.step_ratio),
             ):
-                text = f"{cost.kind}, f = {cost.density:g}, adds to {what}"
-                got, wanted = percent(ratio), f"≤ {limit:.0%}"
-                reached = ratio.value <= 1 + limit
-                judged.append(Verdict("one process", text, got, wanted, reached))
+                where = f"one process, f = {cost.density:g}, computing in {cost.compute}"
+                text = f"{cost.kind}, adds to {what}"
+                got, wanted = percent(ratio), f"≤ {most:.0%}"
+                judged.append(Verdict(where, text, got, wanted, ratio.value <= 1 + most))
     return judged
 
 
 def limits(rows: Sequence[Row]) -> list[str]:
-    """For each link and density, how fast dense training would be if it waited for nothing."""
+    """For each section, how fast dense training would be if it waited for nothing."""
     notes = []
-    for link, density in dict.fromkeys((row.link, row.density) for row in rows):
-        of_both = [row for row in rows if (row.link, row.density) == (link, density)]
-        baseline = min((row for row in of_both if row.kind in TUNED), key=lambda r: r.time.value)
+    for section in sections(rows):
+        dense = (row for row in rows if row.section == section and row.kind in TUNED)
+        baseline = min(dense, key=lambda row: row.time.value)
         computing = sum(baseline.phases[name] for name in PHASES if name != "exposed")
         notes.append(
-            f"{link_name(link)}, f = {density:g}: {baseline.kind} computes for "
+            f"{title_of(section)}: {baseline.kind} computes for "
             f"{computing * 1e3:.0f} ms a step. Were communication free, it would be "
             f"{baseline.time.value / computing:.2f} times as fast; a smaller optimizer step and no "
             "threads of gloo on the same cores are what ours can gain beyond that."
@@ -246,6 +265,7 @@ HEAD = (
 COST_HEAD = (
     "one process",
     "f",
+    "computing in",
     "forward and backward, ms",
     "adds",
     "step, ms",
@@ -275,6 +295,7 @@ def cost_cells(cost: Cost) -> list[str]:
     return [
         cost.kind,
         f"{cost.density:g}",
+        cost.compute,
         cost.forward_backward.text(0, scale=1e-3),
         percent(cost.forward_backward_ratio),
         cost.step.text(0, scale=1e-3),
@@ -300,10 +321,10 @@ def markdown(
         "## Targets",
         results.markdown_table(TARGET_HEAD, judged, texts=2),
     ]
-    for link, density in dict.fromkeys((row.link, row.density) for row in rows):
-        parts.append(f"## {link_name(link)}, f = {density:g}")
-        of_both = [cells(row) for row in rows if (row.link, row.density) == (link, density)]
-        parts.append(results.markdown_table(HEAD, of_both))
+    for section in sections(rows):
+        parts.append(f"## {title_of(section)}")
+        of_this = [cells(row) for row in rows if row.section == section]
+        parts.append(results.markdown_table(HEAD, of_this))
     parts.append("## What compaction costs where nothing is sent")
     parts.append(results.markdown_table(COST_HEAD, [cost_cells(cost) for cost in costs]))
     return [*parts, "## How to read it", "\n".join(f"- {note}" for note in notes)]
