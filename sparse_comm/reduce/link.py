@@ -15,6 +15,7 @@ __all__ = ["Link", "bucket_cap_mb", "measure_link"]
 _SMALL = 1 << 12  # bytes of a message whose time is latency
 _LARGE = (1 << 18, 1 << 20)  # of messages whose time tells the rate
 _IN_FLIGHT = 4  # of the large ones: as buckets are, and more than a shaped link lets burst
+_PARTS = 8  # into which each large one is split, to see what that costs
 _REPEATS = 5
 _BUDGET = 0.25  # seconds; no larger message if one size has taken as long
 _LEAST, _MOST = 1 << 16, 25 << 20  # bytes a bucket; the most is DDP's default
@@ -26,7 +27,7 @@ class Link:
     """An all-reduce of n bytes takes about ``latency_s + n / bytes_per_s``.
 
     Attributes:
-        latency_s: seconds that a collective takes whatever its size.
+        latency_s: seconds that one more collective takes, whatever its size.
         bytes_per_s: bytes of a rank's buffer, not of the wire, that a second reduces.
     """
 
@@ -42,8 +43,11 @@ def measure_link(
 ) -> Link:
     """Measure all-reduces of a few sizes. A collective: all ranks of the group call it.
 
-    Takes some 0.3 s over 1 Gbit/s and less on faster links; on slow ones the largest size is left
-    out. Times include what the CPUs do, as reductions of gradients will.
+    Takes some 0.5 s over 1 Gbit/s and less on faster links; on slow ones the largest size is left
+    out. Times include what the CPUs do, as reductions of gradients will. So the latency is that of
+    a small message alone, or, if it is more, what each collective adds where the same bytes are
+    split into many: ranks that share few cores wait for their threads' turns (on a loopback of two
+    cores, two milliseconds instead of a quarter).
 
     Args:
         group: process group; the default one if not given.
@@ -73,7 +77,22 @@ def measure_link(
             break
     # Taken twice, as ranks that lose their core for a moment inflate short times many times over.
     latency = min(latency, slowest_time(_SMALL, 1))
-    return Link(latency, _IN_FLIGHT * size / max(total - latency, total / 2))
+    split = slowest_time(size // _PARTS, _IN_FLIGHT * _PARTS)
+    return _link_of(latency, total, split, size)
+
+
+def _link_of(alone: float, together: float, split: float, size: int) -> Link:
+    """The link on which these were measured.
+
+    Args:
+        alone: seconds of one small message.
+        together: of _IN_FLIGHT messages of ``size`` bytes.
+        split: of the same bytes in _PARTS times as many messages.
+        size: bytes.
+    """
+    rate = _IN_FLIGHT * size / max(together - alone, together / 2)
+    added = (split - together) / (_IN_FLIGHT * (_PARTS - 1))
+    return Link(max(alone, added), rate)
 
 
 def bucket_cap_mb(link: Link, total_bytes: float) -> float:

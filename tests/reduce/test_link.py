@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 
 from sparse_comm.reduce import Link, bucket_cap_mb, measure_link
+from sparse_comm.reduce.link import _link_of
 from tests.integrations.cases import Cases, case, passed
 from tests.reduce.ranks import of_all_ranks
 
@@ -45,6 +46,17 @@ def a_group_measures_its_own_link(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_on_ranks(name, world_size):
     passed(__name__, world_size, name)
+
+
+@pytest.mark.parametrize("added", [0.0, 1e-4, 3e-3])
+@pytest.mark.parametrize("bytes_per_s", [1e8, 1e10])
+def test_a_link_is_found_from_the_times_it_takes(bytes_per_s, added):
+    """``added``: by each collective where many are under way, as on cores that ranks share."""
+    alone, size = 5e-4, 1 << 20
+    together = alone + 4 * size / bytes_per_s  # the latencies of four overlap
+    link = _link_of(alone, together, together + 28 * added, size)
+    assert link.latency_s == pytest.approx(max(alone, added))
+    assert link.bytes_per_s == pytest.approx(bytes_per_s, rel=0.5)
 
 
 @given(latencies, rates, totals)
