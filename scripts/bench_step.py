@@ -37,7 +37,7 @@ NAME = "step"
 PLOT = f"{NAME}.png"
 WRITTEN = f"{NAME}.md, {NAME}.json and {PLOT}"
 FULL = {"layers": 9, "width": 512, "warm_up": 40, "steps": 40, "repeats": 15, "tokens": 64}
-QUICK = {"layers": 2, "width": 128, "warm_up": 4, "steps": 5, "repeats": 2, "tokens": 16}
+QUICK = {"layers": 2, "width": 256, "warm_up": 4, "steps": 5, "repeats": 2, "tokens": 16}
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         default=[0.1],
         metavar="F",
-        help="unpruned parameters over all, biases and norms included (default: 0.1)",
+        help="unpruned parameters over all, those without a mask included (default: 0.1)",
     )
     parser.add_argument(
         "--compute",
@@ -129,8 +129,9 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if link != LOOPBACK and not re.fullmatch(r"[\d.]+[kmg]bit", link):
             parser.error(f"--links has {link!r}; it takes {LOOPBACK}, or a speed such as 1gbit")
     for density in options.density:
-        if not 0.02 <= density < 1:
-            parser.error(f"--density has {density}; it must be at least 0.02 and below 1")
+        least = 0.1 if options.quick else 0.02  # embeddings, biases and norms have no mask
+        if not least <= density < 1:
+            parser.error(f"--density has {density}; it must be at least {least} and below 1")
     if options.steps is not None and options.steps < UNTIMED + 2:
         parser.error(
             f"--steps is {options.steps}; the first {UNTIMED} are not timed, and an interval "
@@ -196,8 +197,8 @@ def about(job: dict, rank: dict) -> str:
         f"standard library, 1 × {job['tokens']} a rank and step: so few that the network is what "
         "costs. With more of them a step computes longer, and all trainings come closer to one "
         f"another. It was trained for {job['warm_up']} dense steps on one process ({SIZE} × "
-        f"{CONTEXT} bytes each), then pruned by magnitude: f counts biases and norms, which have "
-        f"no mask. Held-out loss of the pruned start: {rank['start_loss']:.4f}."
+        f"{CONTEXT} bytes each), then pruned by magnitude: f counts embeddings, biases and norms, "
+        f"which have no mask. Held-out loss of the pruned start: {rank['start_loss']:.4f}."
     )
 
 

@@ -83,7 +83,7 @@ def test_bytes_are_those_of_the_formula_where_no_other_program_sends(facts):
     dense, ours = found[DENSE_BF16]["payload"], found[OURS]["payload"]
     assert ours == pytest.approx(0.2 * dense, rel=1e-3)  # f counts what has no mask
     assert found[DENSE_FP32]["payload"] == 2 * dense == 2 * found[DENSE_BF16_TUNED]["payload"]
-    assert found[COO]["payload"] > 5 * ours
+    assert found[COO]["payload"] > 4 * ours
     for row in facts["rows"]:
         assert row["sent"] >= row["payload"]
         if os.geteuid() == 0:  # else ``lo`` is shared with everything on this machine

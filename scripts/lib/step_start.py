@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sparse_comm
 
@@ -25,15 +25,21 @@ def new_model(job: dict) -> GPT:
 def pruned_start(job: dict) -> tuple[GPT, dict[str, Tensor]]:
     """The warmed-up model with its pruned weights at zero, and the masks.
 
-    Unpruned are ``job["density"]`` of all parameters: of the matrices that is a little less, since
-    biases and norms have no mask.
+    Unpruned are ``job["density"]`` of all parameters: of the linear layers' matrices that is a
+    little less, since all others have no mask. (Under autocast a dense model's embeddings stay in
+    fp32, and those of a compact one with a ``compute_dtype`` do not.)
     """
     model = new_model(job)
     model.load_state_dict(torch.load(job["start"], weights_only=True))
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    linear = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    matrices = sum(weight.numel() for weight in linear.values())
     total = sum(p.numel() for p in model.parameters())
     pruned = (1 - job["density"]) * total
-    masks = sparse_comm.prune.magnitude(model, pruned / matrices, scope="global")
+    masks = sparse_comm.prune.magnitude(model, pruned / matrices, scope="global", names=linear)
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
