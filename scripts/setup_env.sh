@@ -42,8 +42,9 @@ fingerprint() { # of all that an install depends on
 import hashlib, pathlib, sys
 
 digest = hashlib.sha256(f"{sys.version}{pathlib.Path.cwd()}".encode())
-for name in ("setup.cfg", "setup.py", "pyproject.toml", "scripts/constraints.txt"):
-    digest.update(pathlib.Path(name).read_bytes())
+names = ["setup.cfg", "setup.py", "pyproject.toml", "scripts/constraints.txt"]
+for path in [*map(pathlib.Path, names), *sorted(pathlib.Path("sparse_comm").rglob("*.[ch]"))]:
+    digest.update(path.read_bytes())
 print(digest.hexdigest())
 PY
 }
