@@ -191,14 +191,15 @@ def notes(options: argparse.Namespace, floors: Floors, steps: Sequence[StepRow])
         "ms: medians of the turns with 95 % bootstrap intervals; ratios are of medians over the "
         "same turns. All sides of a table's dtypes and density take turns in an order that changes "
         "from turn to turn; masked_select and the like have a few turns only.",
-        f"Floors: {floors.about}; the fastest of each kind counts. A fraction is the time that the "
-        "floor would take for all bytes that must move (dense tensor, bitmap, offsets and values; "
-        "values twice to accumulate) over the time taken. *Of the floor*: pack and accumulate "
-        "against a non-temporal copy, which counts what it reads and what it writes; expand "
-        "against a non-temporal fill with zeros. Memory may allow less than that. Pack mostly "
-        "reads: *of the read* holds it against reading the dense tensor and doing nothing with it. "
-        "And there are machines that write zeros faster than anything else: *of the fill with such "
-        "data* holds expand against a fill with numbers as dense as what it writes.",
+        f"Floors: {floors.about}; the fastest of each kind counts. *Of the floor*: the time that "
+        "the floor would take for all bytes that must move (dense tensor, bitmap, offsets and "
+        "values; values twice to accumulate) over the time taken. For pack and accumulate that is "
+        "a non-temporal copy, which counts what it reads and what it writes; for expand a "
+        "non-temporal fill with zeros. Memory may allow less than that. Pack mostly reads: *of the "
+        "read alone* holds it against reading the dense tensor and doing nothing with it. And "
+        "there are machines that write zeros faster than anything else: *of such data's fill "
+        "alone* holds expand against filling the dense tensor with numbers as dense as what it "
+        "writes.",
         "Torch selects and scatters without converting, so with unlike dtypes it takes a second "
         "pass over the values; so it does to accumulate. `index_copy_` onto zeros does less than "
         "expand: it relies on pruned entries being zero already.",
@@ -218,7 +219,7 @@ def notes(options: argparse.Namespace, floors: Floors, steps: Sequence[StepRow])
         "bytes. *Compact*: `kernels.pack` of the bf16 gradient into the fp32 `grad` of the values, "
         "`torch.optim.AdamW(fused=True)` on the values, `kernels.expand` into the bf16 weights. "
         "*All in torch*: the same with index_select (int32), zero_ and index_copy_ (int64). The "
-        "weights after all steps are held against plain AdamW in fp64.",
+        "first matrix's weights after all steps are held against plain AdamW in fp64.",
         f"A call on a small tensor: bf16, f = {kernel_calls.DENSITY:g}, everything in the caches.",
     ]
     return "\n".join(f"- {line}" for line in lines)

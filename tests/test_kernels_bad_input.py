@@ -130,6 +130,69 @@ def test_accumulate_needs_something_to_add_to():
     assert (pack(torch.ones(5000), PATTERN, out=total, accumulate=True) == 2).all()
 
 
+class Wrapper(Tensor):
+    """Has a shape, and its memory elsewhere, as a DTensor has."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} was called")
+
+
+def emptied(tensor: Tensor, nbytes: int = 0) -> Tensor:
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+WITHOUT_MEMORY = {
+    "freed": emptied,
+    "freed, with an offset": lambda t: emptied(torch.cat([torch.ones(9), t])[9:]),
+    "shortened": lambda t: emptied(t, t.nbytes - 1),
+    "a wrapper": Wrapper,
+    "zeros that are not there": lambda t: torch._efficientzerotensor(t.shape),
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY)
+def test_tensors_without_memory_are_refused(make):
+    """The C code would read and write at address 0."""
+    for write, size, source_size in ((pack, NNZ, 5000), (expand, 5000, NNZ)):
+        with pytest.raises(ValueError, match="has no memory of its own, or too little"):
+            write(make(torch.ones(source_size)), PATTERN, out=torch.ones(size))
+        with pytest.raises(ValueError, match="has no memory of its own, or too little"):
+            write(torch.ones(source_size), PATTERN, out=make(torch.ones(size)))
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    dense = torch.arange(5000.0)
+    packed = pack(torch._neg_view(dense), PATTERN, out=torch.empty(NNZ))
+    assert torch.equal(packed, -dense[PATTERN.to_mask()])
+
+
+UNSOUND = {
+    "a value in the next block": (BITMAP, OFFSETS + torch.tensor([0, 1, 0])),
+    "a bit after the last entry": (
+        torch.cat([BITMAP[:-1], torch.tensor([128], dtype=torch.uint8)]),
+        OFFSETS,
+    ),
+}
+
+
+@pytest.mark.parametrize("unsound", UNSOUND.values(), ids=UNSOUND)
+def test_unsound_patterns_are_refused_and_autograd_hears_that_out_was_written(unsound):
+    for write, size, source_size in ((ops.pack_into, NNZ, 5000), (ops.expand_into, 5000, NNZ)):
+        out = torch.full((size,), 7.0)
+        before = out._version
+        with pytest.raises(ValueError, match="bitmap and offsets"):
+            write(out, torch.ones(source_size), *unsound)
+        assert out._version > before or (out == 7).all()
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_whatever_a_pattern_holds_nothing_outside_out_is_written(data):

@@ -9,6 +9,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 from sparse_comm.kernels import native
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +54,15 @@ def build(cc: str, folder: Path) -> Path:
 def sanitizer(cc: str, name: str) -> str:
     command = [cc, f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("cc", [name for name in ("gcc", "clang") if shutil.which(name)])
+def test_every_compiler_that_is_here_takes_the_c_code_without_a_warning(cc, tmp_path):
+    """What one ignores with a warning can be an instruction set."""
+    flags = ("-std=c11", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter")
+    include = f"-I{sysconfig.get_path('include')}"
+    command = [cc, *flags, "-fPIC", "-c", include, str(SOURCE), "-o", str(tmp_path / "native.o")]
+    subprocess.run(command, check=True)
 
 
 def test_the_c_code_is_clean_under_the_sanitizers(tmp_path: Path) -> None:

@@ -115,9 +115,10 @@ def _with_dtype(
             "without hook and process_group"
         )
     wire = reduction.wire_dtype(dtype)
-    if wire == dtype:
+    other = reduction.dtype is not None and policy.reduce_dtype not in (None, wire)
+    if wire == dtype and not other:
         return policy
-    if policy.reduce_dtype not in (None, wire):
+    if other:
         raise ValueError(
             f"mp_policy reduces in {policy.reduce_dtype}, the reduction in {wire}: leave "
             "reduce_dtype out, or say Reduction(dtype=None)"

@@ -22,7 +22,8 @@ ALIGNMENT = 64  # bytes, that floors.c relies on; torch allocates so on the CPU
 PERIOD = 8192  # bytes that a fill repeats: they stay in the first-level cache
 
 COPY, ZERO_FILL, DATA_FILL, READ = "copy", "zero-fill", "fill with such data", "read"
-PLAIN, WIDE, TWO_STREAMS = "plain", "64 bytes at a time", "two streams"
+PLAIN, TWO_STREAMS = "plain", "two streams"
+WIDE, AHEAD = "64 bytes at a time", "64 bytes at a time, asked for ahead"
 LIBC = "libc"
 
 
@@ -74,7 +75,7 @@ def _compiled(compiler: str) -> ctypes.CDLL:
 
 def _of_source(library: ctypes.CDLL) -> Floors:
     ways = {PLAIN: "plain"} | ({WIDE: "wide"} if library.has_wide() else {})
-    both = ways | {TWO_STREAMS: "two_streams"}
+    both = ways | ({AHEAD: "ahead"} if WIDE in ways else {}) | {TWO_STREAMS: "two_streams"}
 
     def each(what: str, among: dict[str, str], *types: type) -> dict[str, Callable]:
         found = {}
@@ -101,7 +102,7 @@ def _of_source(library: ctypes.CDLL) -> Floors:
         {way: copy_by(function) for way, function in copies.items()},
         {way: fill_by(function) for way, function in fills.items()},
         {way: read_by(function) for way, function in reads.items()},
-        f"streaming stores, compiled for this run: {', '.join(both)}",
+        f"streaming stores, compiled for this run: {'; '.join(both)}",
     )
 
 

@@ -24,9 +24,9 @@ from .kernel_threads import BUSY, FREE, ThreadsRow
 from .kernel_timing import Samples
 
 HEADLINE = 0.1  # the density whose table has all columns
-# Columns, by the kind of floor. The floor is what the targets name; the other holds on machines
-# whose memory reads slower than it copies, or writes zeros faster than anything else.
-FLOOR, OF_READ, OF_DATA_FILL = "of the floor", "of the read", "of the fill with such data"
+# Columns, by the kind of floor. The floor is what the targets name, for all bytes that move. The
+# others are for the dense tensor alone: nothing that reads or writes it is faster.
+FLOOR, OF_READ, OF_DATA_FILL = "of the floor", "of the read alone", "of such data's fill alone"
 COLUMNS = {COPY: FLOOR, ZERO_FILL: FLOOR, READ: OF_READ, DATA_FILL: OF_DATA_FILL}
 
 
@@ -82,12 +82,14 @@ def rows_of(
 
 
 def _fractions(case: Case, measured: Mapping[Any, Samples], how: str) -> dict[str, Estimate]:
-    """By the fastest floor of each kind, for all bytes that the operation moves."""
+    """By the fastest floor of each kind."""
     found = {}
     for kind, whole in case.floor_bytes.items():
         floors = [measured[name] for name in case.floors if name[0] == kind]
         fastest = min(floors, key=lambda samples: kernel_timing.median(samples).value)
-        found[COLUMNS[kind]] = kernel_timing.ratio(fastest, measured[how], case.moved_bytes / whole)
+        column = COLUMNS[kind]
+        factor = case.moved_bytes / whole if column == FLOOR else 1.0
+        found[column] = kernel_timing.ratio(fastest, measured[how], factor)
     return found
 
 
@@ -134,7 +136,9 @@ def verdicts(
             judged.append(_faster(expand, row(EXPAND, pair, how), EXPAND_AGAINST_COPY))
     judged += of_threads(threads)
     judged += [
-        _at_most(f"optimizer step, f = {r.density:g}, over dense", r.of_dense, STEP[r.density])
+        _at_most(
+            f"optimizer step, f = {r.density:g}, over the faster dense", r.of_best, STEP[r.density]
+        )
         for r in steps
         if r.how == COMPACT
     ]
@@ -145,6 +149,8 @@ def _of_floors(row: KernelRow, wanted: float) -> list[Verdict]:
     what = f"{row.operation} {row.pair}"
     return [
         _at_least(f"{what}, fraction {column}", fraction, wanted)
+        if column == FLOOR
+        else Verdict(f"{what}, fraction {column}", fraction, "–", None, "no target, a bound")
         for column, fraction in row.fractions.items()
     ]
 
@@ -163,7 +169,7 @@ def of_threads(rows: Sequence[ThreadsRow]) -> list[Verdict]:
         if row.numel == largest and row.other_core == FREE:
             text = f"{row.operation}, 2 threads, times as fast as 1"
             if row.others > IDLE:
-                reason = f"others used {row.others:.1f} cores"
+                reason = f"cannot tell: others used {row.others:.1f} cores"
                 judged.append(Verdict(text, row.speedup, f"≥ {SCALING:.2f}", None, reason))
             else:
                 judged.append(_at_least(text, row.speedup, SCALING))
@@ -189,7 +195,7 @@ def _at_most(text: str, got: Estimate, wanted: float) -> Verdict:
 
 def verdict_cells(verdict: Verdict) -> list[str]:
     if verdict.reached is None:
-        word = f"cannot tell: {verdict.reason}"
+        word = verdict.reason
     else:
         word = "reached" if verdict.reached else "**missed**"
     return [verdict.text, verdict.got.text(2), verdict.wanted, word]

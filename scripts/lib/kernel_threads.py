@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparse_comm import kernels
 
@@ -22,7 +23,7 @@ from . import kernel_timing
 from .bench import Estimate
 from .kernel_cases import BF16, EXPAND, FP32, PACK, make_dense, make_selection, ours, use
 from .kernel_floors import COPY, DATA_FILL, Floors, content
-from .kernel_timing import Side, calls_that_take, interleave, turns
+from .kernel_timing import Side, calls_that_take, interleave, seconds_of, turns
 from .launch import SCRIPTS
 
 DENSITY = 0.1
@@ -101,9 +102,14 @@ def _memory(
     size: int, floors: Floors, helper: ThreadPoolExecutor
 ) -> dict[str, Callable[[], object]]:
     """The fastest copy and fill, half of it by the helper if torch is set to two threads."""
+
+    def fastest(floors: dict[str, Callable], *tensors: Tensor) -> Callable:
+        return min(floors.values(), key=lambda each: seconds_of(partial(each, *tensors)))
+
     dense, room = make_dense(size, 0)[BF16], torch.zeros(size, dtype=BF16)
     given = content(BF16, DENSITY)
     half = size // 2 // 4096 * 4096  # so that both are aligned
+    copies, fills = fastest(floors.copies, room, dense), fastest(floors.fills, room, given)
 
     def by_both(run: Callable[[slice], object]) -> None:
         if torch.get_num_threads() == 1:
@@ -114,10 +120,10 @@ def _memory(
         other.result()
 
     def copy(part: slice) -> None:
-        list(floors.copies.values())[-1](room[part], dense[part])
+        copies(room[part], dense[part])
 
     def fill(part: slice) -> None:
-        list(floors.fills.values())[-1](room[part], given)
+        fills(room[part], given)
 
     return {COPY: partial(by_both, copy), DATA_FILL: partial(by_both, fill)}
 

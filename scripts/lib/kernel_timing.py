@@ -69,9 +69,13 @@ def _turn(side: Side) -> float:
 
 def calls_that_take(seconds: float, run: Callable[[], object]) -> int:
     """How many calls take about that long; at least one. Warms up as well."""
+    return max(1, math.ceil(seconds / seconds_of(run)))
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """The least of a few calls. Warms up as well."""
     run()
-    once = min(_turn(Side(run)) for _ in range(3))
-    return max(1, math.ceil(seconds / once))
+    return min(_turn(Side(run)) for _ in range(3))
 
 
 def median(samples: Samples) -> Estimate:

@@ -137,8 +137,15 @@ class Peer:
         self._computed = time.perf_counter()
 
 
-def adamw(module: nn.Module) -> torch.optim.AdamW:
+def adamw(module: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> torch.optim.AdamW:
+    """Of all parameters of the module, or of these; matrices decay."""
     groups = sparse_comm.param_groups(module, WEIGHT_DECAY)
+    if parameters is not None:
+        chosen = set(parameters)
+        groups = [
+            group | {"params": [each for each in group["params"] if each in chosen]}
+            for group in groups
+        ]
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
 
@@ -246,7 +253,7 @@ def samo(kind: str, module: GPT, masks: Mapping[str, Tensor]) -> Peer:
     state = (HalfCollectiveSamo if kind == SAMO_BF16 else Samo)(module, masks, matrices)
     dtype = torch.bfloat16 if kind == SAMO_BF16 else torch.float32
     others = [parameter for name, parameter in module.named_parameters() if name not in masks]
-    optimizer = torch.optim.AdamW(others, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = adamw(module, others)
 
     def reduce() -> None:
         state.all_reduce()

@@ -68,8 +68,8 @@ def describe() -> dict[str, Any]:
 
     Returns:
         ``backend``: "native" or "reference"; ``instruction_set``: "avx512", "avx2", "baseline" or
-        None; ``threads``: how many a large call uses; ``reason``: why native is not in use, or
-        None.
+        None; ``threads``: how many a large call uses at most; ``reason``: why native is not in use,
+        or None.
     """
     is_native = native in _order and native.MISSING is None
     reason = native.MISSING
@@ -170,10 +170,11 @@ def _check(
         or offsets.numel() != -(-numel // BLOCK) + 1
         or not bitmap.is_contiguous()
         or not offsets.is_contiguous()
+        or offsets.data_ptr() % offsets.itemsize
     ):
         raise ValueError(
             f"{what}: a pattern of {numel} entries has a contiguous uint8 bitmap of "
-            f"{-(-numel // 64) * 8} bytes and {-(-numel // BLOCK) + 1} int64 offsets; got "
+            f"{-(-numel // 64) * 8} bytes and {-(-numel // BLOCK) + 1} aligned int64 offsets; got "
             f"{bitmap.numel()} of {bitmap.dtype} and {offsets.numel()} of {offsets.dtype}"
         )
     if nnz > numel:
@@ -185,6 +186,28 @@ def _check(
         raise ValueError(
             f"{what}: all tensors must be on one device; the source is on {device}, out on "
             f"{out.device}, the pattern on {bitmap.device}"
+        )
+    if device.type == "cpu":
+        for tensor in (out, source, bitmap, offsets):
+            _check_memory(what, tensor)
+
+
+def _check_memory(what: str, tensor: Tensor) -> None:
+    """Addresses are those of elements: not so for DTensors, or after ``storage.resize_(0)``."""
+    if tensor.numel() == 0:
+        return
+    storage = tensor.untyped_storage()
+    end = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + end) * tensor.itemsize
+    try:
+        is_there = storage.data_ptr() != 0 and needed <= storage.nbytes()
+    except RuntimeError:  # of wrappers, whose storage has no bytes
+        is_there = False
+    if not is_there:
+        raise ValueError(
+            f"{what}: a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory "
+            f"of its own, or too little ({needed} bytes); of a DTensor pass to_local(), of sharded "
+            "parameters what unshard() gives"
         )
 
 

@@ -8,7 +8,7 @@ and takes the best that the processor has.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 __all__ = [
@@ -33,13 +33,19 @@ except ImportError as error:
 
 # The order of the enum in csrc/convert.h.
 _CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_PLAIN = (Tensor, nn.Parameter)
 _using = -1
 
 
 def takes(source: Tensor, out: Tensor) -> bool:
-    """Whether this back-end can pack or expand ``source`` into ``out``."""
+    """Whether this back-end can pack or expand ``source`` into ``out``.
+
+    Subclasses may be anything: a compact weight's view writes elsewhere than to its address.
+    """
     return (
         _native is not None
+        and type(source) in _PLAIN
+        and type(out) in _PLAIN
         and source.dtype in _CODES
         and out.dtype in _CODES
         and source.device.type == "cpu"
@@ -52,37 +58,41 @@ def pack_into(
     out: Tensor, dense: Tensor, bitmap: Tensor, offsets: Tensor, accumulate: bool = False
 ) -> None:
     """As in ``reference``."""
-    dense = dense.contiguous()
-    _native.pack(
-        out.data_ptr(),
-        _CODES[out.dtype],
-        dense.data_ptr(),
-        _CODES[dense.dtype],
-        bitmap.data_ptr(),
-        offsets.data_ptr(),
-        dense.numel(),
-        out.numel(),
-        torch.get_num_threads(),
-        accumulate,
-    )
-    _written(out)
+    dense = dense.contiguous().resolve_neg()
+    try:
+        _native.pack(
+            out.data_ptr(),
+            _CODES[out.dtype],
+            dense.data_ptr(),
+            _CODES[dense.dtype],
+            bitmap.data_ptr(),
+            offsets.data_ptr(),
+            dense.numel(),
+            out.numel(),
+            torch.get_num_threads(),
+            accumulate,
+        )
+    finally:
+        _written(out)
 
 
 def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
     """As in ``reference``."""
-    values = values.contiguous()
-    _native.expand(
-        out.data_ptr(),
-        _CODES[out.dtype],
-        values.data_ptr(),
-        _CODES[values.dtype],
-        bitmap.data_ptr(),
-        offsets.data_ptr(),
-        out.numel(),
-        values.numel(),
-        torch.get_num_threads(),
-    )
-    _written(out)
+    values = values.contiguous().resolve_neg()
+    try:
+        _native.expand(
+            out.data_ptr(),
+            _CODES[out.dtype],
+            values.data_ptr(),
+            _CODES[values.dtype],
+            bitmap.data_ptr(),
+            offsets.data_ptr(),
+            out.numel(),
+            values.numel(),
+            torch.get_num_threads(),
+        )
+    finally:
+        _written(out)
 
 
 def _written(out: Tensor) -> None:

@@ -91,6 +91,9 @@ def _chunks(
     The positions are None where a range has no unpruned entry.
     """
     bounds = offsets.tolist()
+    padding = unpack_bits(bitmap, numel & ~7, 8 * bitmap.numel())[numel & 7 :]
+    if padding.any():
+        raise ValueError(f"bitmap and offsets disagree: bits are set after entry {numel}")
     if bounds[0] != 0 or bounds[-1] != nnz:
         raise ValueError(f"the offsets go from {bounds[0]} to {bounds[-1]}, not from 0 to {nnz}")
     for start in range(0, numel, _CHUNK):
@@ -101,9 +104,12 @@ def _chunks(
             index = torch.from_numpy(np.flatnonzero(bits.numpy()))
         else:
             index = bits.nonzero().flatten()
-        if index.numel() != last - first:
+        ends = torch.arange(BLOCK, stop - start + BLOCK, BLOCK, device=index.device)
+        found = torch.searchsorted(index, ends)
+        expected = offsets[start // BLOCK + 1 : -(-stop // BLOCK) + 1] - first
+        if not torch.equal(found, expected):
             raise ValueError(
                 f"bitmap and offsets disagree: {index.numel()} and {last - first} unpruned "
-                f"entries from {start} to {stop}"
+                f"entries from {start} to {stop}, or their blocks have other numbers"
             )
         yield slice(start, stop), slice(first, last), index if index.numel() else None

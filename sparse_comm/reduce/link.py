@@ -13,7 +13,7 @@ import torch.distributed as dist
 __all__ = ["Link", "bucket_cap_mb", "measure_link"]
 
 _SMALL = 1 << 12  # bytes of a message whose time is latency
-_LARGE = (1 << 18, 1 << 20)  # of messages whose time tells the rate
+_LARGE = (1 << 16, 1 << 18, 1 << 20)  # of messages whose time tells the rate
 _IN_FLIGHT = 4  # of the large ones: as buckets are, and more than a shaped link lets burst
 _PARTS = 8  # into which each large one is split, to see what that costs
 _REPEATS = 5

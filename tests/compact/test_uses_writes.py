@@ -52,6 +52,20 @@ def test_initialisers_take_effect(weights, init):
     both.check()
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_expand_into_the_weight_takes_effect(weights, backend):
+    """The view's address is that of a copy; the native back-end would write there."""
+    both = linear(weights)
+    pattern = sparse_comm.SparsityPattern(both.masks["weight"])
+    values = noise(pattern.nnz)
+    sparse_comm.kernels.use_backend(backend)
+    try:
+        both.use(lambda m: sparse_comm.kernels.expand(values, pattern, out=m.weight))
+    finally:
+        sparse_comm.kernels.use_backend(None)
+    both.check()
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_dirac_takes_effect(weights, groups):
     both = pair(lambda: nn.Conv2d(4, 4, 3, groups=groups), weights, noise(2, 4, 5, 5))

@@ -283,10 +283,12 @@ def what_fsdp2_cannot_do_with_a_reduction_is_refused(rank: int, world_size: int)
     for reduction in (Reduction(hook=hook), Reduction(process_group=dist.group.WORLD)):
         with pytest.raises(ValueError, match="a Reduction without hook and process_group"):
             fully_shard(mlp(), reduction=reduction)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     model = sparse_comm.compact(mlp(), random_masks(mlp()), weights="cached")
-    with pytest.raises(ValueError, match=r"reduces in torch\.float32, the reduction in torch\.bfl"):
-        fully_shard(model, reduction=Reduction(), mp_policy=policy)
+    for param_dtype in (None, torch.bfloat16):
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        message = r"reduces in torch\.float32, the reduction in torch\.bfloat16"
+        with pytest.raises(ValueError, match=message):
+            fully_shard(model, reduction=Reduction(), mp_policy=policy)
     assert not any(isinstance(p, DTensor) for p in model.parameters())
     assert sparse_comm.summary(model).cache_bytes > 0  # nothing has happened
 

@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <unistd.h>
 
 enum {
     GROUP = 128,              /* blocks that a thread takes at a time; a pair is half of it apart */
@@ -176,8 +177,9 @@ static void *run_groups(void *argument) {
     }
 }
 
-/* How many threads find a core, this one included: those that this process may use, less one for
-   every other thread of the machine that runs or wants to. As many as may be where nobody tells. */
+/* How many threads find a core, this one included: as many as this process may use, and not more
+   than are left by the other threads of the machine that run or want to. (Among them are torch's
+   own, which spin for a moment after an operator.) As many as may be where nobody tells. */
 static int free_cores(void) {
 #ifdef __linux__
     cpu_set_t allowed;
@@ -188,8 +190,9 @@ static int free_cores(void) {
     fclose(file);
     if (read != 1 || running < 1 || sched_getaffinity(0, sizeof allowed, &allowed) != 0)
         return MAX_THREADS;
-    int free = CPU_COUNT(&allowed) - (running - 1);
-    return free < 1 ? 1 : free;
+    long mine = CPU_COUNT(&allowed), left = sysconf(_SC_NPROCESSORS_ONLN) - (running - 1);
+    if (left > mine) left = mine;
+    return left < 1 ? 1 : (int)left;
 #else
     return MAX_THREADS;
 #endif

@@ -29,7 +29,7 @@ static int read_integers(PyObject *const *given, Py_ssize_t count, long long *re
 
 enum { OUT, OUT_DTYPE, IN, IN_DTYPE, BITMAP, OFFSETS, NUMEL, NNZ, THREADS, COMMON };
 
-static int prepare(job *j, const long long *a, int dense_dtype, int value_dtype) {
+static int prepare(job *j, const long long *a, long long dense_dtype, long long value_dtype) {
     if (dense_dtype < 0 || dense_dtype >= DTYPES || value_dtype < 0 || value_dtype >= DTYPES) {
         PyErr_SetString(PyExc_ValueError, "unknown dtype code");
         return -1;
@@ -71,7 +71,7 @@ static PyObject *pack(PyObject *module, PyObject *const *given, Py_ssize_t count
     long long a[COMMON + 1];
     job j;
     if (read_integers(given, count, a, COMMON + 1) ||
-        prepare(&j, a, (int)a[IN_DTYPE], (int)a[OUT_DTYPE]))
+        prepare(&j, a, a[IN_DTYPE], a[OUT_DTYPE]))
         return NULL;
     j.stream = 0;
     j.convert = (a[ADD] ? j.level->accumulate : j.level->convert)[a[IN_DTYPE]][a[OUT_DTYPE]];
@@ -82,7 +82,7 @@ static PyObject *expand(PyObject *module, PyObject *const *given, Py_ssize_t cou
     long long a[COMMON];
     job j;
     if (read_integers(given, count, a, COMMON) ||
-        prepare(&j, a, (int)a[OUT_DTYPE], (int)a[IN_DTYPE]))
+        prepare(&j, a, a[OUT_DTYPE], a[IN_DTYPE]))
         return NULL;
     j.stream = (uint64_t)j.numel * j.dense_size >= STREAM_BYTES && (uintptr_t)j.out % 64 == 0;
     j.convert = j.level->convert[a[IN_DTYPE]][a[OUT_DTYPE]];
