@@ -21,7 +21,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NATIVE = native.instruction_sets()
 # Lengths around words, blocks, pairs of groups of blocks and the groups of several threads.
 LENGTHS = [0, 1, 63, 64, 65, 4095, 4096, 4097, 3 * 4096 + 5, 128 * 4096, 129 * 4096 - 1]
-LONG = 2 * 16 * 128 * 4096 + 77  # enough for two threads
+LONG = 2 * 32 * 128 * 4096 + 77  # enough for two threads
 
 
 @pytest.fixture(params=NATIVE or ["not built"])

@@ -27,7 +27,7 @@ from .kernel_timing import Side, calls_that_take, interleave, seconds_of, turns
 from .launch import SCRIPTS
 
 DENSITY = 0.1
-SIZES = (1 << 22, 1 << 24, 1 << 25)  # entries: below, at and above where a second thread starts
+SIZES = (1 << 24, 1 << 25)  # entries: below and at where a second thread starts
 TURN = 0.02  # seconds: what the scheduler takes from a thread at a time should even out in it
 FREE, BUSY = "free", "busy"
 SPIN = """

@@ -13,7 +13,7 @@
 
 enum {
     GROUP = 128,              /* blocks that a thread takes at a time; a pair is half of it apart */
-    LEAST_GROUPS = 16,        /* a thread: 8.4M entries */
+    LEAST_GROUPS = 32,        /* a thread: 16.8M entries, a millisecond or so */
     MAX_THREADS = 64,
     STREAM_BYTES = 16 << 20,  /* dense tensors from this size on bypass the caches */
     VALUES_AHEAD = 4096,      /* bytes: where expand reads before their turn */
