@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,8 @@ from tests.compact.models import (
     train,
 )
 
+CXX = os.environ.get("CXX", "g++").split()[0]  # as inductor looks for it
+needs_cxx = pytest.mark.skipif(shutil.which(CXX) is None, reason="inductor needs a C++ compiler")
 both_modes = pytest.mark.parametrize("weights", ["cached", "transient"])
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
 
@@ -63,6 +67,7 @@ def test_one_graph_trains_as_eager_code_does(model, backend, weights):
     assert pruned_are_zero(compact)
 
 
+@needs_cxx
 def test_inductor_trains_as_eager_code_does_within_rounding():
     """Inductor fuses operators and rounds less often."""
     dense, compact, masks = pair(weights="cached")  # transient is below, with what it saves
@@ -92,7 +97,7 @@ def test_gradients_are_those_of_eager_code(weights):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_cxx)])
 def test_transient_weights_are_not_saved_for_backward(backend):
     saved = {}
     for weights in ("cached", "transient"):
