@@ -115,15 +115,12 @@ def _with_dtype(
             "without hook and process_group"
         )
     wire = reduction.wire_dtype(dtype)
-    other = reduction.dtype is not None and policy.reduce_dtype not in (None, wire)
-    if wire == dtype and not other:
-        return policy
-    if other:
+    if reduction.dtype is not None and policy.reduce_dtype not in (None, wire):
         raise ValueError(
             f"mp_policy reduces in {policy.reduce_dtype}, the reduction in {wire}: leave "
             "reduce_dtype out, or say Reduction(dtype=None)"
         )
-    return dataclasses.replace(policy, reduce_dtype=wire)
+    return policy if wire == dtype else dataclasses.replace(policy, reduce_dtype=wire)
 
 
 def _comm(

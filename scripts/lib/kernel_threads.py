@@ -109,7 +109,10 @@ def _memory(
     dense, room = make_dense(size, 0)[BF16], torch.zeros(size, dtype=BF16)
     given = content(BF16, DENSITY)
     half = size // 2 // 4096 * 4096  # so that both are aligned
-    copies, fills = fastest(floors.copies, room, dense), fastest(floors.fills, room, given)
+    fastest_copy, fastest_fill = (
+        fastest(floors.copies, room, dense),
+        fastest(floors.fills, room, given),
+    )
 
     def by_both(run: Callable[[slice], object]) -> None:
         if torch.get_num_threads() == 1:
@@ -120,10 +123,10 @@ def _memory(
         other.result()
 
     def copy(part: slice) -> None:
-        copies(room[part], dense[part])
+        fastest_copy(room[part], dense[part])
 
     def fill(part: slice) -> None:
-        fills(room[part], given)
+        fastest_fill(room[part], given)
 
     return {COPY: partial(by_both, copy), DATA_FILL: partial(by_both, fill)}
 

@@ -197,7 +197,10 @@ def _check_memory(what: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         return
     storage = tensor.untyped_storage()
-    end = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.is_contiguous():
+        end = tensor.numel()
+    else:
+        end = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + end) * tensor.itemsize
     try:
         is_there = storage.data_ptr() != 0 and needed <= storage.nbytes()

@@ -7,6 +7,8 @@ and takes the best that the processor has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
@@ -58,40 +60,39 @@ def pack_into(
     out: Tensor, dense: Tensor, bitmap: Tensor, offsets: Tensor, accumulate: bool = False
 ) -> None:
     """As in ``reference``."""
-    dense = dense.contiguous().resolve_neg()
-    try:
-        _native.pack(
-            out.data_ptr(),
-            _CODES[out.dtype],
-            dense.data_ptr(),
-            _CODES[dense.dtype],
-            bitmap.data_ptr(),
-            offsets.data_ptr(),
-            dense.numel(),
-            out.numel(),
-            torch.get_num_threads(),
-            accumulate,
-        )
-    finally:
-        _written(out)
+    _run(_native.pack, out, dense, bitmap, offsets, dense.numel(), out.numel(), accumulate)
 
 
 def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
     """As in ``reference``."""
-    values = values.contiguous().resolve_neg()
+    _run(_native.expand, out, values, bitmap, offsets, out.numel(), values.numel())
+
+
+def _run(
+    kernel: Callable[..., None],
+    out: Tensor,
+    source: Tensor,
+    bitmap: Tensor,
+    offsets: Tensor,
+    numel: int,
+    nnz: int,
+    *flags: bool,
+) -> None:
+    source = source.contiguous().resolve_neg()
     try:
-        _native.expand(
+        kernel(
             out.data_ptr(),
             _CODES[out.dtype],
-            values.data_ptr(),
-            _CODES[values.dtype],
+            source.data_ptr(),
+            _CODES[source.dtype],
             bitmap.data_ptr(),
             offsets.data_ptr(),
-            out.numel(),
-            values.numel(),
+            numel,
+            nnz,
             torch.get_num_threads(),
+            *flags,
         )
-    finally:
+    finally:  # it may have written some of it when it finds that the pattern is unsound
         _written(out)
 
 
