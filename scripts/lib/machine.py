@@ -23,10 +23,15 @@ def provenance(command: str, packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _cpu_model() -> str:
+    """The processor's name; on x86 with its numbers: a virtual machine's name hides them."""
+    facts: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    model = facts.get("model name", platform.machine())
+    if "cpu family" in facts and "model" in facts:
+        model += f" (family {facts['cpu family']}, model {facts['model']})"
+    return model
 
 
 def _memory_gib() -> int:
