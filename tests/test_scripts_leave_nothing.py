@@ -130,8 +130,9 @@ def test_a_killed_benchmark_leaves_no_process_and_no_namespace(number, when, tmp
 
 
 HOLD = """
-import time
+import signal, time
 from lib.netns import NamespacePair
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with NamespacePair("1gbit") as pair:
     print(pair.command_prefix(0), flush=True)
     time.sleep(600)
