@@ -91,7 +91,7 @@ def test_without_a_compiler_it_installs_and_says_once_that_the_reference_works(
 
 def test_with_a_compiler_one_binary_serves_all_pythons(tmp_path: Path) -> None:
     if compiler() is None:
-        pytest.skip("no compiler here: the test above is what happens then")
+        pytest.skip("no C compiler here to build with; the test above is the install without one")
     assert not native.MISSING  # with a compiler there is no excuse
     site = built(tmp_path, None)
     (binary,) = site.rglob("*.so")

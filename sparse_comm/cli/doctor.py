@@ -67,13 +67,13 @@ def run(options: argparse.Namespace) -> int:
     found = list(checks())
     works = all(check.state != "broken" for check in found)
     if options.json:
-        facts = {"sparse_comm": _own_version(), "works": works, "kernels": _described()}
-        facts |= {"checks": [asdict(check) for check in found]}
+        facts = {"sparse_comm": _own_version(), "platform": _platform(), "works": works}
+        facts |= {"kernels": _described(), "checks": [asdict(check) for check in found]}
         print(json.dumps(facts, indent=2))
     else:
         from sparse_comm.cli.doctor_screen import show
 
-        show(_own_version(), found)
+        show(_own_version(), _platform(), found)
     return 0 if works else 1
 
 
@@ -289,6 +289,10 @@ def _program(*names: str) -> str | None:
         if found := shutil.which(name, path=os.pathsep.join(beside)):
             return found
     return None
+
+
+def _platform() -> str:
+    return f"{platform.system()} {platform.machine()}"
 
 
 def _own_version() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -15,9 +14,9 @@ __all__ = ["show"]
 _STYLES = {"ok": "green", "untested": "yellow", "absent": "dim", "broken": "bold red"}
 
 
-def show(version: str, found: Sequence[Check]) -> None:
+def show(version: str, platform: str, found: Sequence[Check]) -> None:
     """Print a table, the commands that add or repair, and whether sparse_comm can work."""
-    title = f"sparse_comm {version} on {platform.system()} {platform.machine()}"
+    title = f"sparse_comm {version} on {platform}"
     broken = [check for check in found if check.state == "broken"]
     try:
         _print_table(title, found)

@@ -49,6 +49,7 @@ def test_here_where_the_tests_run_everything_required_is_ok(capsys):
     content = diagnosis(capsys)
     found = by_name(content)
     assert content["works"] and content["sparse_comm"] == sparse_comm.__version__
+    assert content["platform"] == f"{platform.system()} {platform.machine()}"
     assert found["python"]["value"] == platform.python_version()
     assert found["torch"]["value"] == torch.__version__
     assert found["numpy"]["value"] == numpy.__version__

@@ -30,7 +30,10 @@ from tests.compact.models import (
 )
 
 CXX = os.environ.get("CXX", "g++").split()[0]  # as inductor looks for it
-needs_cxx = pytest.mark.skipif(shutil.which(CXX) is None, reason="inductor needs a C++ compiler")
+needs_cxx = pytest.mark.skipif(
+    shutil.which(CXX) is None,
+    reason=f"no {CXX} here, and inductor writes C++ for the CPU; eager and aot_eager are tested",
+)
 both_modes = pytest.mark.parametrize("weights", ["cached", "transient"])
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method")
 
