@@ -8,6 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=1 # several processes share the cores
 export MPLCONFIGDIR="$PWD/.sparse_comm_cache/matplotlib"
 export TORCHINDUCTOR_CACHE_DIR="$PWD/.sparse_comm_cache/inductor"
+export TORCH_EXTENSIONS_DIR="$PWD/.sparse_comm_cache/torch_extensions" # DeepSpeed compiles kernels
+export DS_ACCELERATOR=cpu
 
 bash scripts/setup_env.sh dev
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_comm.masks import patterns_from_masks
 from sparse_comm.pattern import SparsityPattern
 
-__all__ = ["load_masks", "save_masks"]
+__all__ = ["load_masks", "load_patterns", "save_masks"]
 
 _KEY = "sparse_comm.masks"
 _VERSION = 1
@@ -72,6 +72,11 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Source: ours.
     """
+    return {name: pattern.to_mask() for name, pattern in load_patterns(path).items()}
+
+
+def load_patterns(path: str | os.PathLike[str]) -> dict[str, SparsityPattern]:
+    """``load_masks``, but one bit an entry, as the file has them."""
     path = os.fspath(path)
     _refuse_other_kinds(path)
     try:
@@ -85,7 +90,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path!r} is a safetensors file, but holds no masks of sparse_comm.save_masks; if it "
             "is a pruned model, load it into the model and call sparse_comm.masks_from_zeros(model)"
         )
-    masks = {}
+    patterns = {}
     for name, (shape, digest) in _table(path, metadata[_KEY]).items():
         bits = bitmaps.pop(json.dumps(name), None)
         if bits is None or bits.dtype != "uint8" or bits.shape != (-(-math.prod(shape) // 64) * 8,):
@@ -93,10 +98,10 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         pattern = SparsityPattern._from_bitmap(bits, shape)
         if pattern.digest() != digest:
             _damaged(path, f"mask {name!r} does not match its digest")
-        masks[name] = pattern.to_mask()
+        patterns[name] = pattern
     if bitmaps:
         _damaged(path, f"the tensor {min(bitmaps)} belongs to no mask")
-    return masks
+    return patterns
 
 
 def _replace(path: str, content: bytes) -> None:

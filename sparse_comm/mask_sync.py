@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,9 @@ from torch import Tensor
 from sparse_comm.kernels import unpack_bits
 from sparse_comm.masks import patterns_from_masks
 
-__all__ = ["broadcast_masks", "compare_digests"]
+__all__ = ["broadcast_masks", "compare_digests", "gather", "on_all_ranks"]
+
+Result = TypeVar("Result")
 
 _LISTED = 5  # parameters named in an error
 
@@ -77,14 +79,20 @@ def broadcast_masks(
     }
 
 
-def compare_digests(digests: Mapping[str, str], group: dist.ProcessGroup | None = None) -> None:
+def compare_digests(
+    digests: Mapping[str, str | None],
+    group: dist.ProcessGroup | None = None,
+    partial: bool = False,
+) -> None:
     """Stop every rank if the ranks' patterns differ. A collective: all ranks of the group call it.
 
     Without an initialized process group, or in a group of one, there is nothing to compare.
 
     Args:
-        digests: ``SparsityPattern.digest()`` by parameter name.
+        digests: ``SparsityPattern.digest()`` by parameter name; None for one without a mask.
         group: process group; the default one if not given.
+        partial: whether ranks hold parts of the model, such as pipeline stages: a name that a rank
+            does not give is then not there, where it would else be without a mask.
 
     Raises:
         ValueError: on every rank, with the same message, which names parameters and global ranks;
@@ -92,17 +100,17 @@ def compare_digests(digests: Mapping[str, str], group: dist.ProcessGroup | None 
 
     Source: ours.
     """
-    if (world_size := _world_size(group)) == 1:
+    gathered = gather(dict(digests), group)
+    if len(gathered) == 1:
         return
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, dict(digests), group=group)
     ranks = dist.get_process_group_ranks(group)
     names = {name: None for known in gathered for name in known}  # a set that keeps its order
-    differences = [
-        text
-        for name in names
-        if (text := _difference(name, [known.get(name) for known in gathered], ranks))
-    ]
+    differences = []
+    for name in names:
+        holders = [rank for rank in range(len(ranks)) if not partial or name in gathered[rank]]
+        given = [gathered[rank].get(name) for rank in holders]
+        if text := _difference(name, given, [ranks[rank] for rank in holders]):
+            differences.append(text)
     if differences:
         rest = len(differences) - _LISTED
         more = f"; and {rest} more parameters" if rest > 0 else ""
@@ -110,6 +118,45 @@ def compare_digests(digests: Mapping[str, str], group: dist.ProcessGroup | None 
             f"masks differ between ranks: {'; '.join(differences[:_LISTED])}{more}. Give every "
             "rank the same masks: call sparse_comm.broadcast_masks(masks) before compact"
         )
+
+
+def gather(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank gives, in the order of the ranks; what can be pickled. A collective."""
+    if (world_size := _world_size(group)) == 1:
+        return [mine]
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered
+
+
+def on_all_ranks(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """What ``function()`` gives, once no rank has failed at it. A collective.
+
+    Where one rank alone would raise, and leave the others waiting for it, all raise.
+
+    Args:
+        function: takes part in no collective, or fails on all ranks alike.
+        group: process group; the default one if not given.
+
+    Raises:
+        Exception: of ``function``, on the ranks where it failed.
+        RuntimeError: on the others, with the ranks and the message of the first.
+
+    Source: ours.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    said = gather(None if failure is None else f"{type(failure).__name__}: {failure}", group)
+    if failure is not None:
+        raise failure
+    if any(said):
+        ranks = dist.get_process_group_ranks(group)
+        failed = [rank for rank, text in zip(ranks, said, strict=True) if text]
+        raise RuntimeError(f"{_ranks(failed)} failed: {next(filter(None, said))}")
+    return result  # type: ignore[return-value]
 
 
 def _difference(name: str, digests: Sequence[str | None], ranks: Sequence[int]) -> str:
@@ -121,6 +168,8 @@ def _difference(name: str, digests: Sequence[str | None], ranks: Sequence[int]) 
             without.append(rank)
         else:
             with_digest.setdefault(digest, []).append(rank)
+    if not with_digest:
+        return ""
     first, *others = with_digest.values()
     clauses = [f"masked differently on {_ranks(o)} than on {_ranks(first)}" for o in others]
     if without:

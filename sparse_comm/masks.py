@@ -6,9 +6,12 @@ parameter that stands in several places has one mask, under its first name.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,13 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
 
     Source: ours.
     """
+    return masks_from_zeros_by(model, lambda parameter: contextlib.nullcontext())
+
+
+def masks_from_zeros_by(
+    model: nn.Module, whole: Callable[[nn.Parameter], AbstractContextManager[Any]]
+) -> dict[str, Tensor]:
+    """``masks_from_zeros`` of a model whose parameters have their data in a context only."""
     if prune.is_pruned(model):
         raise ValueError(
             "the model is pruned through torch.nn.utils.prune, which keeps the pruned entries' "
@@ -57,9 +67,10 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
     masks, all_zero = {}, []
     for name, parameter in model.named_parameters():
         require_data(name, parameter)
-        if not parameter.is_floating_point() or parameter.ndim < 2:
-            continue
-        mask = parameter.detach() != 0
+        with whole(parameter):
+            if not parameter.is_floating_point() or parameter.ndim < 2:
+                continue
+            mask = parameter.detach() != 0
         if mask.numel() and not mask.any():
             all_zero.append(name)
         elif not _all_but_row(mask, padding.get(id(parameter))):
@@ -68,12 +79,12 @@ def masks_from_zeros(model: nn.Module) -> dict[str, Tensor]:
         warnings.warn(
             f"parameters that are all zero get no mask and stay dense: {_some(all_zero)}; if one "
             "is wholly pruned, set masks[name] = torch.zeros_like(parameter, dtype=torch.bool)",
-            stacklevel=2,
+            stacklevel=3,
         )
     if not masks:
         warnings.warn(
             "no parameter of two or more dimensions is partly zero: there are no masks",
-            stacklevel=2,
+            stacklevel=3,
         )
     return masks
 

@@ -93,7 +93,7 @@ def _give_up_caches(module: nn.Module) -> None:
         stacklevel=3,
     )
     for slot in cached.values():
-        slot.cache = None
+        slot.drop_cache(warn=False)
 
 
 def _without_empty(module: nn.Module, ignored: set[nn.Parameter] | None) -> set[nn.Parameter]:

@@ -26,7 +26,16 @@ from sparse_comm.compact.validate import check_model, check_unwrapped, choose, p
 from sparse_comm.compact.watch import MARK
 from sparse_comm.pattern import SparsityPattern
 
-__all__ = ["compact", "densify", "is_compact", "like", "masks_of", "values_changed"]
+__all__ = [
+    "Access",
+    "compact",
+    "compact_by",
+    "densify",
+    "is_compact",
+    "like",
+    "masks_of",
+    "values_changed",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,22 +78,52 @@ def compact(
     Source: SAMO (Singh & Bhatele, IPDPS 2023, section III) keeps compact states beside a dense
     model; the compact parameter and the transient mode are ours.
     """
-    check_model(model, weights, compute_dtype)
-    places = parameter_places(model)
-    chosen = choose(places, masks)
-    slots = {}
-    changes = []
-    for key, (name, pattern) in chosen.items():
-        old = places[key][0][2]._parameters[places[key][0][3]]
-        assert old is not None
-        pattern = pattern.to(old.device)
-        slot = Slot(name, pattern, weights, compute_dtype, memory_format_of(old))
+    return compact_by(model, masks, weights, compute_dtype, optimizer)
+
+
+class Access:
+    """How ``compact`` reads a parameter: as it stands.
+
+    A framework that partitions parameters before ``compact`` has a subclass of its own.
+    """
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The parameter's whole, dense shape."""
+        return parameter.shape
+
+    def values(self, parameter: nn.Parameter, slot: Slot) -> nn.Parameter:
+        """A new parameter of the unpruned entries, with the attributes of the old one."""
         with torch.no_grad():
-            new = like(old, slot.pack(old.detach()))
-            if old.grad is not None:
-                new.grad = slot.pack(old.grad)
+            new = like(parameter, slot.pack(parameter.detach()))
+            if parameter.grad is not None:
+                new.grad = slot.pack(parameter.grad)
+        return new
+
+
+def compact_by(
+    model: Model,
+    masks: Mapping[str, Tensor | SparsityPattern],
+    weights: Mode,
+    compute_dtype: torch.dtype | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    access: Access | None = None,
+    changes: list[Change] | None = None,
+) -> Model:
+    """``compact``, for integrations: with their own ``access`` to parameters.
+
+    ``changes``, if given, gets an entry for each parameter that was replaced.
+    """
+    check_model(model, weights, compute_dtype)
+    access = access or Access()
+    changes = [] if changes is None else changes
+    places = parameter_places(model)
+    chosen = choose(places, masks, access.shape)
+    slots = {}
+    for key, (name, pattern) in chosen.items():
+        old = places[key][0][1]
+        slot = Slot(name, pattern.to(old.device), weights, compute_dtype, memory_format_of(old))
         slots[key] = slot
-        changes.append(Change(name, old, new, slot.pack))
+        changes.append(Change(name, old, access.values(old, slot), slot.pack))
     if optimizer is not None:
         check_optimizer(optimizer, changes)
     if empty := [c.name for c in changes if c.old.numel() and not c.new.numel()]:

@@ -44,13 +44,14 @@ class Slot:
         self.mode = mode
         self.compute_dtype = compute_dtype
         self.memory_format = memory_format
+        self.caches = mode == "cached"
         self.cache: Tensor | None = None
         self.stamp = _new_stamp()
 
     def place(self, values: Tensor) -> None:
         """Follow ``values`` to their device and dtype; the next use expands anew."""
         self.pattern = self.pattern.to(values.device)
-        if self.mode == "cached" and not is_sharded(values):
+        if self.caches and not is_sharded(values):
             dtype = self.compute_dtype or values.dtype
             cache = self.cache
             if (
@@ -69,19 +70,20 @@ class Slot:
         mark(values, self)
         self.mark_stale()
 
-    def drop_cache(self) -> None:
+    def drop_cache(self, warn: bool = True) -> None:
         """Expand at each use from now on.
 
-        For sharded values: FSDP2 gathers them into the same memory under the same version, so
-        nothing tells whether a cache is stale, and it would be a whole copy on every rank.
+        For sharded values: a framework gathers them into the same memory under the same version,
+        so nothing tells whether a cache is stale, and it would be a whole copy on every rank.
         """
-        if self.cache is not None:
+        if self.cache is not None and warn:
             warnings.warn(
                 "weights='cached' keeps no cache of sharded values: their dense weights live from "
                 "forward to backward on every rank, unsharded; compact(model, masks, "
                 "weights='transient') keeps none",
                 stacklevel=2,
             )
+        self.caches = False
         self.cache = None
 
     def mark_stale(self) -> None:

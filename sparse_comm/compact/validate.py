@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +68,9 @@ def check_unwrapped(model: Any, what: str) -> None:
 
 
 def choose(
-    places: dict[int, list[Place]], masks: Mapping[str, Tensor | SparsityPattern]
+    places: dict[int, list[Place]],
+    masks: Mapping[str, Tensor | SparsityPattern],
+    shape_of: Callable[[nn.Parameter], torch.Size],
 ) -> dict[int, tuple[str, SparsityPattern]]:
     """The masked parameters, in the model's order, with their pattern; refuses what cannot be."""
     if not isinstance(masks, Mapping):
@@ -81,7 +83,7 @@ def choose(
         key = where[name]
         parameter = places[key][0][1]
         _check_parameter(name, parameter)
-        pattern = pattern_for(name, mask, parameter.shape)
+        pattern = pattern_for(name, mask, shape_of(parameter))
         if key in found and found[key][1] != pattern:
             raise ValueError(
                 f"parameter {name!r} is tied to {found[key][0]!r}, but their masks differ: give "

@@ -18,7 +18,15 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-__all__ = ["MARK", "REPLACED", "checked", "refuse_matrix_optimizer", "watch_optimizers"]
+__all__ = [
+    "MARK",
+    "NEEDS_MATRICES",
+    "REPLACED",
+    "checked",
+    "matrix_optimizer_error",
+    "refuse_matrix_optimizer",
+    "watch_optimizers",
+]
 
 NEEDS_MATRICES = ("Adafactor", "Muon")
 
@@ -81,15 +89,19 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def refuse_matrix_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse optimizers that would lose what makes them, with the reason."""
-    name = type(optimizer).__name__
-    if name in NEEDS_MATRICES:
-        raise TypeError(
-            f"{name} works on matrices, and compact values are 1-D: "
-            + (
-                "it would lose its factored second moment"
-                if name == "Adafactor"
-                else "it cannot orthogonalise them"
-            )
-            + "; use an elementwise optimizer (SGD, Adam, AdamW, …), or give it only the "
-            "parameters that stay dense"
+    if (name := type(optimizer).__name__) in NEEDS_MATRICES:
+        raise matrix_optimizer_error(name)
+
+
+def matrix_optimizer_error(name: str) -> TypeError:
+    """Why an optimizer of ``NEEDS_MATRICES`` is refused."""
+    return TypeError(
+        f"{name} works on matrices, and compact values are 1-D: "
+        + (
+            "it would lose its factored second moment"
+            if name == "Adafactor"
+            else "it cannot orthogonalise them"
         )
+        + "; use an elementwise optimizer (SGD, Adam, AdamW, …), or give it only the parameters "
+        "that stay dense"
+    )

@@ -50,7 +50,9 @@ def passed(module: str, world_size: int, name: str) -> None:
 @functools.cache
 def _errors(module: str, world_size: int) -> dict[str, list[str]]:
     try:
-        return run(_run_all, world_size, module)[0]
+        # TIMEOUT: seconds for all cases of a module that need more than a launch usually gets
+        timeout = getattr(importlib.import_module(module), "TIMEOUT", 120)
+        return run(_run_all, world_size, module, timeout=timeout)[0]
     except RankError as error:  # a crash or a hang, of which no case can be told from the others
         return {name: [str(error)] for name in importlib.import_module(module).CASES}
 

@@ -1,0 +1,119 @@
+"""What an engine with compact parameters does besides: caches are told when values were written.
+
+DeepSpeed writes parameters through ``.data`` and through flat buffers that they are views of, which
+no tensor's version shows. Hooks of its optimizers would not do: ZeRO may put another optimizer in
+the place of the one that it was given (Adagrad). So the engine's own public methods tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+
+from sparse_comm import values_changed
+from sparse_comm.compact.convert import is_compact
+from sparse_comm.compact.module import compact_slots
+
+from .pipeline import share_values
+from .refuse import check_version
+from .report import FirstStep
+
+__all__ = ["gradient_bytes", "watch"]
+
+Engine = Any  # DeepSpeedEngine, which has no types
+
+
+def watch(engine: Engine) -> Engine:
+    """Make an engine fit for the compact model inside it.
+
+    ``initialize`` does this. Call it by hand on what ``deepspeed.initialize`` gave for a model
+    that was compact already.
+
+    Args:
+        engine: of ``deepspeed.initialize``. Its class becomes a subclass of what it was.
+
+    Returns:
+        The same engine.
+
+    Raises:
+        ValueError: its model is not compact.
+        RuntimeError: a DeepSpeed that this is not tested with.
+
+    Source: ours.
+    """
+    check_version()
+    model = engine.module
+    if not is_compact(model) and not _is_part(engine):
+        raise ValueError(
+            "the engine's model is not compact: call sparse_comm.compact(model, masks) before "
+            "deepspeed.initialize, or use initialize of this module, which does both"
+        )
+    if isinstance(engine, CompactEngine):
+        return engine
+    if engine.zero_optimization_partition_weights():
+        for _, _, _, slot in compact_slots(model):
+            slot.drop_cache(warn=False)
+    share_values(model)
+    values_changed(model)  # the engine has broadcast and cast them
+    object.__setattr__(engine, "__class__", _engine_class(type(engine)))
+    engine.__dict__["_sparse_comm_first_step"] = FirstStep(engine)
+    return engine
+
+
+def gradient_bytes(engine: Engine) -> dict[str, int] | None:
+    """Bytes of gradients that one backward pass of this rank reduced: dense, and as sent.
+
+    Args:
+        engine: of ``initialize``.
+
+    Returns:
+        ``{"dense": …, "sent": …}`` in the dtype in which DeepSpeed communicates; None before the
+        first step.
+
+    Source: ours.
+    """
+    first: FirstStep | None = engine.__dict__.get("_sparse_comm_first_step")
+    return None if first is None else first.figures()
+
+
+class CompactEngine(DeepSpeedEngine):
+    """Mixed into the class of an engine whose model has compact parameters."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """As DeepSpeed's."""
+        super().step(*args, **kwargs)
+        if self.was_step_applied():  # not within an accumulation, nor after an overflow
+            self._stepped()
+
+    def train_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, of pipelines."""
+        loss = super().train_batch(*args, **kwargs)
+        self._stepped()
+        return loss
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's."""
+        try:
+            return super().load_checkpoint(*args, **kwargs)
+        finally:
+            values_changed(self.module)
+
+    def _stepped(self) -> None:
+        values_changed(self.module)
+        self.__dict__["_sparse_comm_first_step"].say()
+
+
+_classes: dict[type, type[CompactEngine]] = {}
+
+
+def _engine_class(base: type) -> type[CompactEngine]:
+    if base not in _classes:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _classes[base] = type(base.__name__, (CompactEngine, base), names)
+    return _classes[base]
+
+
+def _is_part(engine: Engine) -> bool:
+    """Whether the model is a stage of a pipeline, which may have no masked parameter."""
+    return bool(engine.pipeline_parallelism)

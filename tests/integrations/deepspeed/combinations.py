@@ -1,0 +1,258 @@
+"""What one model on two ranks is trained with: rows of the table in docs/deepspeed.md."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .rows import Losses, Refused, Rows, Train, by_deepspeed, row
+from .training import (
+    CLASSES,
+    WIDTH,
+    Config,
+    block,
+    both,
+    loss_of,
+    mask_gradients,
+    merged,
+    mlp,
+    pair,
+    pruned,
+    start,
+    train,
+    zero,
+)
+
+ROWS: Rows = {}
+
+
+def plain(config: Config, weights: str) -> Losses:
+    return both(pair(config, weights))
+
+
+def of(make: Callable[[], nn.Module]) -> Train:
+    return lambda config, weights: both(pair(config, weights, make))
+
+
+# ---------------------------------------------------------------- precision
+
+row(ROWS, "fp32")(plain)
+row(ROWS, "bf16", bf16={"enabled": True})(plain)
+row(
+    ROWS,
+    "bf16, gradients accumulated in fp32",
+    {0: by_deepspeed("unsupported mix")},
+    bf16={"enabled": True},
+    data_types={"grad_accum_dtype": "fp32"},
+)(plain)
+
+
+row(ROWS, "`torch_autocast`, bf16", torch_autocast={"enabled": True, "dtype": "bfloat16"})(plain)
+
+# ---------------------------------------------------------------- steps and gradients
+
+
+@row(ROWS, "gradient accumulation", gradient_accumulation_steps=2)
+def _(config: Config, weights: str) -> Losses:
+    return both(pair(config, weights), accumulate=2)
+
+
+@row(ROWS, "`managed_gradient_accumulation: false`", managed_gradient_accumulation=False)
+def _(config: Config, weights: str) -> Losses:
+    return both(pair(config, weights))
+
+
+row(ROWS, "gradient clipping", 1e-6, gradient_clipping=0.05)(plain)
+row(ROWS, "small buckets", zero_optimization={"reduce_bucket_size": 1000})(plain)
+row(
+    ROWS,
+    "`overlap_comm`, `round_robin_gradients`",
+    zero_optimization={"overlap_comm": True, "round_robin_gradients": True},
+)(plain)
+row(ROWS, "`reduce_scatter: false`", zero_optimization={"reduce_scatter": False})(plain)
+row(
+    ROWS,
+    "`prescale_gradients`",
+    dict.fromkeys((2, 3), by_deepspeed("not yet supported")),
+    prescale_gradients=True,
+)(plain)
+
+
+@row(ROWS, "`engine.no_sync()`", dict.fromkeys((2, 3), by_deepspeed("no_sync context manager")))
+def _(config: Config, weights: str) -> Losses:
+    found = []
+    for engine in pair(config, weights):
+        with engine.no_sync():
+            engine.backward(loss_of(engine, 50))
+        found.append(train(engine))
+        engine.destroy()
+    return found[0], found[1]
+
+
+# ---------------------------------------------------------------- optimizers and offloading
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+row(ROWS, "DeepSpeed's FusedAdam (its default)", 1e-6, optimizer={"params": {"torch_adam": None}})(
+    plain
+)
+row(
+    ROWS,
+    "optimizer offloaded, DeepSpeed's CPUAdam",
+    1e-6,
+    optimizer={"params": {"torch_adam": None}},
+    zero_optimization=OFFLOAD,
+)(plain)
+row(
+    ROWS,
+    "optimizer offloaded, torch's AdamW",
+    zero_optimization=OFFLOAD,
+)(plain)
+row(ROWS, "parameters offloaded", zero_optimization={"offload_param": {"device": "cpu"}})(plain)
+row(
+    ROWS,
+    "SGD",
+    optimizer={"type": "SGD", "params": {"torch_adam": None}},
+    zero_allow_untested_optimizer=True,
+)(plain)
+row(ROWS, "Adagrad", optimizer={"type": "Adagrad", "params": {"torch_adam": None}})(plain)
+
+
+def _with(arguments: Callable[[nn.Module], dict[str, Any]]) -> Train:
+    """With arguments of ``initialize`` that are made from the dense model."""
+
+    def losses(config: Config, weights: str) -> Losses:
+        model, masks = pruned()
+        twin = copy.deepcopy(model)
+        dense = start(mask_gradients(model, masks), merged(config), **arguments(model))
+        changed = merged(config, block(weights=weights))
+        return both((dense, start(twin, changed, **arguments(twin))))
+
+    return losses
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": matrices, "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}]
+
+
+row(ROWS, "groups in `model_parameters`")(_with(lambda m: {"model_parameters": groups(m)}))
+row(ROWS, "the client's optimizer, with groups", optimizer=None)(
+    _with(lambda m: {"optimizer": torch.optim.AdamW(groups(m), lr=1e-2), "model_parameters": None})
+)
+row(ROWS, "a function that makes the optimizer", optimizer=None)(
+    _with(lambda m: {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)})
+)
+
+# ---------------------------------------------------------------- models
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, which is used without a module besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(WIDTH, CLASSES)
+        self.out = nn.Linear(WIDTH, CLASSES, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) + self.embed(
+            torch.tanh(nn.functional.linear(self.embed(x), self.out.weight.T))
+        )
+
+
+class Convolutions(nn.Module):
+    """With BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(
+            nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)
+        )
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x.reshape(-1, 2, 4, 4)).mean((-1, -2)))
+
+
+class Checkpointed(nn.Module):
+    """Activations are computed again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(WIDTH, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(2))
+        self.last = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for part in self.blocks:
+            x = checkpoint(part, x, use_reentrant=False)
+        return self.last(x)
+
+
+class Partial(nn.Module):
+    """A frozen layer, one that is not used, and one of which nothing is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(WIDTH, 64).requires_grad_(False)
+        self.unused = nn.Linear(64, 64)
+        self.last = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.frozen(x)))
+
+
+row(ROWS, "tied weights, a weight used without its module")(of(Tied))
+row(ROWS, "convolutions, BatchNorm")(of(Convolutions))
+row(ROWS, "activation checkpointing")(of(Checkpointed))
+row(ROWS, "frozen and unused parameters")(of(Partial))
+
+
+@row(ROWS, "`engine.compile()`")
+def _(config: Config, weights: str) -> Losses:
+    engines = pair(config, weights)
+    for engine in engines:
+        engine.compile(backend="aot_eager")
+    return both(engines, steps=3)
+
+
+@row(
+    ROWS,
+    "model built under `deepspeed.zero.Init`",
+    dict.fromkeys((0, 1, 2), Refused("which is for ZeRO 3")),
+)
+def _(config: Config, weights: str) -> Losses:
+    model, masks = pruned()
+    engines: list[Any] = []
+    if config["zero_optimization"]["stage"] < 3:  # which DeepSpeed neither supports nor refuses
+        with deepspeed.zero.Init(config_dict_or_path=merged(config, zero(3))):
+            partitioned = mlp()
+        start(partitioned, merged(config, block(weights=weights)))
+    for changed in (merged(config), merged(config, block(weights=weights))):
+        with deepspeed.zero.Init(config_dict_or_path=changed):
+            partitioned = mlp()
+        for path, module in model.named_modules():
+            parameters = list(partitioned.get_submodule(path).parameters(recurse=False))
+            with deepspeed.zero.GatheredParameters(
+                parameters, modifier_rank=0, enabled=bool(parameters)
+            ):
+                for ours, theirs in zip(parameters, module.parameters(recurse=False), strict=True):
+                    ours.data.copy_(theirs)
+        if not engines:
+            mask_gradients(partitioned, masks)
+        engines.append(start(partitioned, changed))
+    return both((engines[0], engines[1]))

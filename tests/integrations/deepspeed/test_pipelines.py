@@ -1,0 +1,21 @@
+"""Pipelines of two and of three stages: cells of the table, and tied values stay tied."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from tests.integrations.cases import passed
+
+from .parallel import PIPELINES
+from .rows import cases
+
+CASES = cases(PIPELINES)
+TIMEOUT = 200
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_trains_as_masked_dense_or_is_refused(name, world_size):
+    passed(__name__, world_size, name)
