@@ -28,7 +28,9 @@ _KEY = "sparse_comm.masks"
 _VERSION = 1
 
 
-def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_masks(
+    masks: Mapping[str, Tensor | SparsityPattern], path: str | os.PathLike[str]
+) -> None:
     """Write masks to a file, whole or not at all.
 
     The bytes go to a hidden file in the same folder, which then takes the name ``path``: a save
@@ -36,7 +38,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
     Equal masks give equal bytes. In a job of many ranks, let one save.
 
     Args:
-        masks: bool tensors by name (any string), of any shape, on any device.
+        masks: bool tensors, or patterns, by name (any string), of any shape, on any device.
         path: file to write or replace; ``masks.safetensors`` is a usual name.
 
     Raises:

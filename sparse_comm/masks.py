@@ -230,7 +230,7 @@ def validate_mask(name: str, mask: Tensor, parameter: Tensor) -> None:
     raise ValueError(message)
 
 
-def patterns_from_masks(masks: Mapping[str, Tensor]) -> dict[str, SparsityPattern]:
+def patterns_from_masks(masks: Mapping[str, Tensor | SparsityPattern]) -> dict[str, SparsityPattern]:
     """The masks as bits, on the CPU, in their order.
 
     Raises:
@@ -243,8 +243,12 @@ def patterns_from_masks(masks: Mapping[str, Tensor]) -> dict[str, SparsityPatter
     for name, mask in masks.items():
         if not isinstance(name, str):
             raise TypeError(f"masks are named by strings, got {name!r}")
-        _check_mask(name, mask)
-    return {name: SparsityPattern(mask).to("cpu") for name, mask in masks.items()}
+        if not isinstance(mask, SparsityPattern):
+            _check_mask(name, mask)
+    return {
+        name: (mask if isinstance(mask, SparsityPattern) else SparsityPattern(mask)).to("cpu")
+        for name, mask in masks.items()
+    }
 
 
 def require_data(name: str, parameter: Tensor) -> None:

@@ -15,6 +15,7 @@ from sparse_comm import values_changed
 from sparse_comm.compact.convert import is_compact
 from sparse_comm.compact.module import compact_slots
 
+from .load import Checkpoints
 from .pipeline import share_values
 from .refuse import check_version
 from .report import FirstStep
@@ -77,7 +78,7 @@ def gradient_bytes(engine: Engine) -> dict[str, int] | None:
     return None if first is None else first.figures()
 
 
-class CompactEngine(DeepSpeedEngine):
+class CompactEngine(Checkpoints, DeepSpeedEngine):
     """Mixed into the class of an engine whose model has compact parameters."""
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -91,13 +92,6 @@ class CompactEngine(DeepSpeedEngine):
         loss = super().train_batch(*args, **kwargs)
         self._stepped()
         return loss
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's."""
-        try:
-            return super().load_checkpoint(*args, **kwargs)
-        finally:
-            values_changed(self.module)
 
     def _stepped(self) -> None:
         values_changed(self.module)

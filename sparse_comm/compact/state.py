@@ -51,7 +51,9 @@ def check_state(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
                     )
                 continue
             nnz, shape = slot.pattern.nnz, tuple(slot.pattern.shape)
-            if tuple(given.shape) != (nnz,):
+            own = module._parameters[name]
+            # of the values, or as a framework that keeps them elsewhere leaves the parameter
+            if tuple(given.shape) != (nnz,) and (own is None or given.shape != own.shape):
                 problems.append(
                     f"{at + name!r} has shape {tuple(given.shape)}, expected its dense shape "
                     f"{shape} or its values ({nnz},)"

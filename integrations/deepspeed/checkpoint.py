@@ -1,0 +1,253 @@
+"""Checkpoints on disk: masks travel with them; dense ones become compact, and the other way.
+
+A checkpoint is a folder ``<folder>/<tag>``; the masks lie in ``masks.safetensors`` there, by the
+names that parameters have in the whole model. DeepSpeed's own format flattens the parameters of a
+rank into one tensor. Its *universal* format, which its tool ``ds_to_universal`` makes, has a folder
+a parameter: there a dense tensor is packed, or values are expanded, file by file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import PARAM
+from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from sparse_comm import save_masks
+from sparse_comm.kernels import expand, pack
+from sparse_comm.mask_file import load_patterns
+from sparse_comm.pattern import SparsityPattern
+
+__all__ = [
+    "MASKS",
+    "dense_state_dict_of",
+    "expand_checkpoint",
+    "folder_of",
+    "pack_checkpoint",
+    "pack_state",
+]
+
+MASKS = "masks.safetensors"
+Patterns = dict[str, SparsityPattern]
+
+
+def pack_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    masks: str | os.PathLike[str],
+    tag: str | None = None,
+) -> Path:
+    """Write a compact universal checkpoint from a dense one, with its optimizer state.
+
+    A compact engine loads it with ``"checkpoint": {"load_universal": true}``, on any number of
+    ranks. (``engine.load_checkpoint`` of a compact engine takes the dense checkpoint itself, too.)
+
+    Args:
+        source: folder given to ``save_checkpoint``; ZeRO 1 to 3 and an optimizer like Adam.
+        target: folder for the new checkpoint.
+        masks: file of ``sparse_comm.save_masks``.
+        tag: of the checkpoint; the latest if not given.
+
+    Returns:
+        The folder of the new checkpoint, ``target/tag``.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or file of masks.
+        ValueError: it is compact already, of ZeRO 0, or does not fit the masks.
+
+    Source: ours, upon DeepSpeed's universal checkpoints.
+    """
+    folder = folder_of(source, tag)
+    if (folder / MASKS).exists():
+        raise ValueError(f"{str(folder)!r} is a compact checkpoint already: it has {MASKS}")
+    patterns = load_patterns(masks)
+    written = _translated(folder, Path(target) / folder.name, patterns, pack_state)
+    save_masks(patterns, written / MASKS)
+    return written
+
+
+def expand_checkpoint(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], tag: str | None = None
+) -> Path:
+    """Write a dense universal checkpoint from a compact one, with its optimizer state.
+
+    A dense engine loads it with ``"checkpoint": {"load_universal": true}``, on any number of ranks.
+
+    Args:
+        source: folder given to ``save_checkpoint``; ZeRO 1 to 3 and an optimizer like Adam.
+        target: folder for the new checkpoint.
+        tag: of the checkpoint; the latest if not given.
+
+    Returns:
+        The folder of the new checkpoint, ``target/tag``.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or it is not compact.
+        ValueError: it is of ZeRO 0.
+
+    Source: ours, upon DeepSpeed's universal checkpoints.
+    """
+    folder = folder_of(source, tag)
+    return _translated(folder, Path(target) / folder.name, _masks_in(folder), expand_state)
+
+
+def dense_state_dict_of(
+    source: str | os.PathLike[str], tag: str | None = None
+) -> dict[str, Tensor]:
+    """The plain dense state dict of a compact checkpoint, in fp32: zero where pruned.
+
+    Args:
+        source: folder given to ``save_checkpoint``, of any ZeRO stage; no pipelines or experts.
+        tag: of the checkpoint; the latest if not given.
+
+    Returns:
+        What the plain model's ``load_state_dict`` takes, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or it is not compact.
+
+    Source: ours.
+    """
+    folder = folder_of(source, tag)
+    patterns = _masks_in(folder)
+    states = folder / "mp_rank_00_model_states.pt"
+    if any(folder.glob("*_optim_states.pt")):
+        with _quiet():
+            found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+    else:
+        found = torch.load(states, map_location="cpu", weights_only=False)["module"]
+    dense = {}
+    for name, tensor in found.items():
+        if name.endswith("_extra_state"):
+            continue
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+        dense[name] = expand_state(tensor, patterns[name]) if name in patterns else tensor
+    return dense
+
+
+def folder_of(source: str | os.PathLike[str], tag: str | None) -> Path:
+    """The folder of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if tag is None:
+        for latest in ("latest", "latest_universal"):
+            with contextlib.suppress(FileNotFoundError):
+                tag = (Path(source) / latest).read_text().strip()
+                break
+        else:
+            raise FileNotFoundError(
+                f"{str(source)!r} has no file 'latest' that names a checkpoint: give its tag"
+            )
+    folder = Path(source) / str(tag)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {str(folder)!r}")
+    return folder
+
+
+def pack_state(dense: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Of a whole parameter's weights or moments, flat or not."""
+    return pack(dense.reshape(pattern.shape).contiguous(), pattern)
+
+
+def expand_state(values: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The dense tensor of values."""
+    return expand(values, pattern)
+
+
+def _masks_in(folder: Path) -> Patterns:
+    try:
+        return load_patterns(folder / MASKS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(folder)!r} is not a compact checkpoint: it has no {MASKS}"
+        ) from error
+
+
+def _translated(
+    folder: Path,
+    target: Path,
+    patterns: Patterns,
+    translate: Callable[[Tensor, SparsityPattern], Tensor],
+) -> Path:
+    """A universal checkpoint whose masked parameters are translated. Whole, or not there."""
+    if not any(folder.glob("*_optim_states.pt")) and not (folder / "zero").is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of ZeRO 0, which DeepSpeed cannot make universal; "
+            "take its weights alone: dense_state_dict_of, or load_checkpoint of a compact engine"
+        )
+    if target.exists():
+        raise FileExistsError(f"{str(target)!r} exists: remove it, or choose another target")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    draft.chmod(target.parent.stat().st_mode)
+    try:
+        if (folder / "zero").is_dir():
+            shutil.copytree(folder, draft, dirs_exist_ok=True)
+            (draft / MASKS).unlink(missing_ok=True)
+        else:
+            with _quiet():
+                ds_to_universal(_arguments(folder, draft))
+        for name, pattern in patterns.items():
+            _translate(draft / "zero" / name, pattern, translate)
+        for extra in (draft / "zero").glob("*_extra_state"):  # digests, which are no weights
+            shutil.rmtree(extra)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    (target.parent / "latest_universal").write_text(target.name)
+    return target
+
+
+def _translate(
+    folder: Path, pattern: SparsityPattern, translate: Callable[[Tensor, SparsityPattern], Tensor]
+) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"the masks have {folder.name!r}, the checkpoint has not: they are of another model"
+        )
+    for file in folder.glob("*.pt"):
+        held: Any = torch.load(file, map_location="cpu", weights_only=False)
+        state = held.get(PARAM) if isinstance(held, dict) else held  # bare in ZeRO 3
+        if not isinstance(state, Tensor) or state.dim() == 0:  # the number of steps
+            continue
+        if state.numel() not in (pattern.numel, pattern.nnz):
+            raise ValueError(
+                f"{folder.name!r} has {state.numel()} entries in the checkpoint, its mask "
+                f"{pattern.numel}: they are of another model"
+            )
+        state = translate(state, pattern)
+        torch.save({**held, PARAM: state} if isinstance(held, dict) else state, file)
+
+
+def _arguments(source: Path, target: Path) -> Namespace:
+    """Of DeepSpeed's tool, which is a program."""
+    return Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """DeepSpeed's tools print what they do, line by line and by bars."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

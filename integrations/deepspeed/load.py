@@ -1,0 +1,233 @@
+"""What an engine with compact parameters saves and loads."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_comm import save_masks, values_changed
+from sparse_comm.compact.module import compact_slots
+from sparse_comm.compact.state import expand_state as expand_model_state
+from sparse_comm.mask_file import load_patterns
+from sparse_comm.mask_sync import gather, on_all_ranks
+from sparse_comm.pattern import SparsityPattern
+
+from .checkpoint import MASKS, folder_of, pack_checkpoint, pack_state
+from .names import global_names
+
+__all__ = ["Checkpoints"]
+
+Patterns = dict[str, SparsityPattern]
+
+
+class Checkpoints:
+    """The methods of an engine that save and load. Every one is a collective."""
+
+    module: Any
+    optimizer: Any
+
+    def save_checkpoint(self, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, with the masks of the whole model beside the states."""
+        name = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
+        whole = _of_all_ranks(_patterns(self))
+        on_all_ranks(lambda: _write_masks(whole, Path(save_dir) / name))
+        return super().save_checkpoint(save_dir, tag, *args, **kwargs)  # type: ignore[misc]
+
+    def load_checkpoint(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, of a compact checkpoint with the same masks, or of a dense one.
+
+        Raises:
+            ValueError: the checkpoint has other masks; nothing was loaded.
+        """
+        try:
+            folder = _existing(load_dir, tag)
+            if folder is None or on_all_ranks(lambda: _is_compact(folder, _patterns(self))):
+                return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+            return self._load_dense(folder, *args, **kwargs)
+        finally:
+            values_changed(self.module)
+
+    def save_16bit_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's: a plain dense state dict."""
+        self.__dict__["_sparse_comm_dense_states"] = True
+        try:
+            return super().save_16bit_model(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["_sparse_comm_dense_states"]
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; dense for ``save_16bit_model``."""
+        state = super().module_state_dict(*args, **kwargs)  # type: ignore[misc]
+        if "_sparse_comm_dense_states" in self.__dict__:
+            return expand_model_state(self.module, state)
+        return state
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, dense: for ``save_16bit_model`` and Accelerate's ``get_state_dict``."""
+        state = super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)  # type: ignore[misc]
+        return None if state is None else expand_model_state(self.module, state)
+
+    def _load_dense(
+        self,
+        folder: Path,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        """Weights, which the model packs, and then the optimizer's state by way of the disk."""
+        engine: Any = self
+        loaded, client = super().load_checkpoint(  # type: ignore[misc]
+            str(folder.parent),
+            folder.name,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=False,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
+        if loaded is None or load_module_only or not load_optimizer_states:
+            return loaded, client
+        state = client.pop("optimizer", None)
+        if engine.zero_optimization():
+            self._load_dense_states(folder)
+        elif state is not None:
+            engine.optimizer.load_state_dict(_packed(state, _groups(engine)))
+        else:
+            raise ValueError(
+                f"the dense checkpoint {str(folder)!r} keeps its optimizer's state by experts, "
+                "which cannot be packed: load_checkpoint(…, load_optimizer_states=False)"
+            )
+        return loaded, client
+
+    def _load_dense_states(self, folder: Path) -> None:
+        engine: Any = self
+        whole = _of_all_ranks(_patterns(engine))
+        is_first = engine.global_rank == 0
+        made = tempfile.mkdtemp(prefix=".sparse_comm-", dir=folder.parent) if is_first else ""
+        draft = Path(gather(made)[0])
+        try:
+            on_all_ranks(lambda: _pack_on_first(whole, folder, draft))
+            engine.optimizer.load_state_dict(None, checkpoint_folder=str(draft / folder.name))
+            if not engine.zero_optimization_partition_weights():
+                engine.optimizer.update_lp_params()
+        finally:
+            gather(None)  # all have read it
+            if is_first:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _patterns(engine: Any) -> Patterns:
+    """Of this rank's compact parameters, by their names in the whole model."""
+    mpu = None if engine.pipeline_parallelism else engine.mpu
+    there = global_names(engine.module, mpu)
+    return {
+        there[name]: slot.pattern
+        for name, _, _, slot in compact_slots(engine.module)
+        if name in there  # not the second name of a tied parameter
+    }
+
+
+def _groups(engine: Any) -> list[list[SparsityPattern | None]]:
+    """Of the parameters as the optimizer's groups have them."""
+    of = {
+        id(module._parameters[name]): slot.pattern
+        for _, module, name, slot in compact_slots(engine.module)
+    }
+    # DeepSpeed's wrappers for 16 bits keep the parameters in fp16_groups, and masters in groups.
+    groups = getattr(engine.optimizer, "fp16_groups", None)
+    if groups is None:
+        groups = [group["params"] for group in engine.optimizer.param_groups]
+    return [[of.get(id(parameter)) for parameter in group] for group in groups]
+
+
+def _of_all_ranks(mine: Patterns) -> Patterns:
+    """Those of the whole model, on rank 0; each from the first rank that has it. A collective."""
+    names = gather(list(mine))
+    rank = _rank()
+    elsewhere = {name for held in names[:rank] for name in held}
+    parts = gather({n: p.to("cpu") for n, p in mine.items() if n not in elsewhere} if rank else {})
+    whole = dict(mine)
+    for part in parts:
+        whole.update(part)
+    return whole
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _write_masks(whole: Patterns, folder: Path) -> None:
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_masks(whole, folder / MASKS)
+
+
+def _existing(load_dir: Any, tag: Any) -> Path | None:
+    """The folder of the checkpoint; None if DeepSpeed is to say that there is none."""
+    try:
+        return folder_of(load_dir, tag)
+    except FileNotFoundError:
+        return None
+
+
+def _is_compact(folder: Path, patterns: Patterns) -> bool:
+    """Whether a checkpoint is; refuses one that has other masks."""
+    path = folder / MASKS
+    if not path.exists():
+        return False
+    saved = load_patterns(path)
+    for name, pattern in patterns.items():
+        if name not in saved:
+            raise ValueError(f"the checkpoint {str(folder)!r} has no mask for {name!r}")
+        if saved[name].digest() != pattern.digest():
+            raise ValueError(
+                f"the checkpoint {str(folder)!r} has another mask for {name!r} than the engine "
+                f"(digest {saved[name].digest()}, the engine's {pattern.digest()}): start the "
+                f"engine with the masks of the checkpoint, 'masks': {str(path)!r}, or expand the "
+                "checkpoint (expand_checkpoint) and load it as a dense one"
+            )
+    return True
+
+
+def _packed(state: dict[str, Any], groups: list[list[SparsityPattern | None]]) -> dict[str, Any]:
+    """The state dict of a dense optimizer without ZeRO, packed."""
+    inner = state.get("optimizer_state_dict", state)  # of a wrapper for 16 bits
+    numbers = [number for group in inner["param_groups"] for number in group["params"]]
+    of = dict(zip(numbers, [pattern for group in groups for pattern in group], strict=True))
+    moments = {
+        number: {key: _packed_one(value, of[number]) for key, value in entries.items()}
+        for number, entries in inner["state"].items()
+    }
+    packed = {**inner, "state": moments}
+    if inner is state:
+        return packed
+    if "fp32_groups" not in state:
+        raise ValueError(
+            "the dense checkpoint's optimizer (FusedAdam in 16 bits without ZeRO) keeps all its "
+            "parameters in one, which cannot be packed: load_checkpoint(…, "
+            "load_optimizer_states=False), or train with ZeRO 1"
+        )
+    masters = [
+        [_packed_one(master, pattern) for master, pattern in zip(saved, group, strict=True)]
+        for saved, group in zip(state["fp32_groups"], groups, strict=True)
+    ]
+    return {**state, "optimizer_state_dict": packed, "fp32_groups": masters}
+
+
+def _packed_one(value: Any, pattern: SparsityPattern | None) -> Any:
+    if pattern is None or not isinstance(value, Tensor) or value.shape != pattern.shape:
+        return value
+    return pack_state(value.detach(), pattern)
+
+
+def _pack_on_first(whole: Patterns, folder: Path, draft: Path) -> None:
+    if _rank() == 0:
+        save_masks(whole, draft / MASKS)
+        pack_checkpoint(folder.parent, draft, draft / MASKS, folder.name)
