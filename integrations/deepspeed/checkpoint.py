@@ -121,19 +121,18 @@ def dense_state_dict_of(
     """
     folder = folder_of(source, tag)
     patterns = _masks_in(folder)
+    found: dict[str, Tensor] = {}
     states = folder / "mp_rank_00_model_states.pt"
-    if any(folder.glob("*_optim_states.pt")):
+    if states.exists():  # not in ZeRO 3
+        found.update(torch.load(states, map_location="cpu", weights_only=False)["module"])
+    if any(folder.glob("*_optim_states.pt")):  # masters in fp32, of what is trained
         with _quiet():
-            found = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
-    else:
-        found = torch.load(states, map_location="cpu", weights_only=False)["module"]
+            found.update(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name))
     dense = {}
     for name, tensor in found.items():
-        if name.endswith("_extra_state"):
-            continue
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        dense[name] = expand_state(tensor, patterns[name]) if name in patterns else tensor
+        if not name.endswith("_extra_state"):
+            whole = tensor.float() if tensor.is_floating_point() else tensor
+            dense[name] = expand_state(whole, patterns[name]) if name in patterns else whole
     return dense
 
 
@@ -192,22 +191,28 @@ def _translated(
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists: remove it, or choose another target")
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    draft.chmod(target.parent.stat().st_mode)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    draft = made / target.name  # DeepSpeed's tool writes beside it, too
     try:
         if (folder / "zero").is_dir():
-            shutil.copytree(folder, draft, dirs_exist_ok=True)
+            shutil.copytree(folder, draft)
             (draft / MASKS).unlink(missing_ok=True)
         else:
             with _quiet():
                 ds_to_universal(_arguments(folder, draft))
+        frozen = _frozen(folder)
         for name, pattern in patterns.items():
-            _translate(draft / "zero" / name, pattern, translate)
+            if (draft / "zero" / name).is_dir():
+                _translate(draft / "zero" / name, pattern, translate)
+            elif name not in frozen:  # which ZeRO 3 leaves out
+                raise ValueError(
+                    f"the masks have {name!r}, the checkpoint has not: they are of another model"
+                )
         for extra in (draft / "zero").glob("*_extra_state"):  # digests, which are no weights
             shutil.rmtree(extra)
         draft.rename(target)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
     (target.parent / "latest_universal").write_text(target.name)
     return target
 
@@ -215,10 +220,6 @@ def _translated(
 def _translate(
     folder: Path, pattern: SparsityPattern, translate: Callable[[Tensor, SparsityPattern], Tensor]
 ) -> None:
-    if not folder.is_dir():
-        raise ValueError(
-            f"the masks have {folder.name!r}, the checkpoint has not: they are of another model"
-        )
     for file in folder.glob("*.pt"):
         held: Any = torch.load(file, map_location="cpu", weights_only=False)
         state = held.get(PARAM) if isinstance(held, dict) else held  # bare in ZeRO 3
@@ -231,6 +232,15 @@ def _translate(
             )
         state = translate(state, pattern)
         torch.save({**held, PARAM: state} if isinstance(held, dict) else state, file)
+
+
+def _frozen(folder: Path) -> set[str]:
+    """Names of parameters that no optimizer holds."""
+    names: set[str] = set()
+    for file in folder.glob("*_model_states.pt"):
+        state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        names.update(state.get("frozen_param_shapes") or ())
+    return names
 
 
 def _arguments(source: Path, target: Path) -> Namespace:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from torch import Tensor
 
 from sparse_comm import save_masks, values_changed
@@ -19,6 +20,7 @@ from sparse_comm.pattern import SparsityPattern
 
 from .checkpoint import MASKS, folder_of, pack_checkpoint, pack_state
 from .names import global_names
+from .partitioned import is_partitioned
 
 __all__ = ["Checkpoints"]
 
@@ -72,6 +74,15 @@ class Checkpoints:
         state = super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)  # type: ignore[misc]
         return None if state is None else expand_model_state(self.module, state)
 
+    def load_module_state_dict(self, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, which copies frozen parameters once more, from where they are dense."""
+        fragments = checkpoint.get(FROZEN_PARAM_FRAGMENTS)
+        if fragments and "_sparse_comm_loads_dense" in self.__dict__:
+            own = dict(self.module.named_parameters())
+            packed = {name: _data(own[name]) for name in _patterns(self) if name in fragments}
+            checkpoint = {**checkpoint, FROZEN_PARAM_FRAGMENTS: {**fragments, **packed}}
+        return super().load_module_state_dict(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
     def _load_dense(
         self,
         folder: Path,
@@ -83,15 +94,19 @@ class Checkpoints:
     ) -> Any:
         """Weights, which the model packs, and then the optimizer's state by way of the disk."""
         engine: Any = self
-        loaded, client = super().load_checkpoint(  # type: ignore[misc]
-            str(folder.parent),
-            folder.name,
-            load_module_strict=load_module_strict,
-            load_optimizer_states=False,
-            load_lr_scheduler_states=load_lr_scheduler_states,
-            load_module_only=load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
+        self.__dict__["_sparse_comm_loads_dense"] = True
+        try:
+            loaded, client = super().load_checkpoint(  # type: ignore[misc]
+                str(folder.parent),
+                folder.name,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=False,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                custom_load_fn=custom_load_fn,
+            )
+        finally:
+            del self.__dict__["_sparse_comm_loads_dense"]
         if loaded is None or load_module_only or not load_optimizer_states:
             return loaded, client
         state = client.pop("optimizer", None)
@@ -121,6 +136,12 @@ class Checkpoints:
             gather(None)  # all have read it
             if is_first:
                 shutil.rmtree(draft, ignore_errors=True)
+
+
+def _data(parameter: Any) -> Tensor:
+    """Where DeepSpeed keeps what it holds of a parameter."""
+    data: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter.data
+    return data
 
 
 def _patterns(engine: Any) -> Patterns:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import zlib
 from typing import Any
 
@@ -31,6 +29,7 @@ from .training import (
     block,
     mask_gradients,
     merged,
+    shared_folder,
     start,
     zero,
 )
@@ -44,18 +43,18 @@ EXPERTS: Rows = {}
 def pipeline(stages: int) -> PipelineModule:
     """Seven layers, the first and the last of one weight.
 
-    Each stage has a parameter of its own: on one without, DeepSpeed's BF16_Optimizer fails.
+    Each stage has a parameter of its own: on one without, DeepSpeed's BF16_Optimizer fails. And one
+    of the tied layers has no ``forward_fn``: DeepSpeed saves no weight of those that do.
     """
-    tied = ("tie", nn.Linear, CLASSES, WIDTH, False)
     return PipelineModule(
         layers=[
-            TiedLayerSpec(*tied, forward_fn=_there_and_back),
+            TiedLayerSpec("tie", _ThereAndBack),
             LayerSpec(nn.Linear, WIDTH, WIDTH),
             LayerSpec(nn.GELU),
             LayerSpec(nn.Linear, WIDTH, WIDTH),
             LayerSpec(nn.GELU),
             LayerSpec(nn.Linear, WIDTH, WIDTH),
-            TiedLayerSpec(*tied, forward_fn=_there),
+            TiedLayerSpec("tie", _ThereAndBack, forward_fn=_there),
         ],
         num_stages=stages,
         loss_fn=_cross_entropy,
@@ -63,12 +62,18 @@ def pipeline(stages: int) -> PipelineModule:
     )
 
 
+class _ThereAndBack(nn.Linear):
+    """From WIDTH to CLASSES and back, by one weight."""
+
+    def __init__(self) -> None:
+        super().__init__(CLASSES, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_there(self, x))
+
+
 def _there(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.T)
-
-
-def _there_and_back(layer: nn.Linear, x: Tensor) -> Tensor:
-    return layer(_there(layer, x))
 
 
 def _cross_entropy(out: Tensor, labels: Tensor) -> Tensor:
@@ -81,26 +86,48 @@ _NO_ZERO_2 = dict.fromkeys((2, 3), Refused("DeepSpeed's pipelines go with 0 and 
 @row(PIPELINES, "pipeline of as many stages as ranks, tied layers", _NO_ZERO_2)
 @row(PIPELINES, "the same in bf16", {0: "=", **_NO_ZERO_2}, bf16={"enabled": True})
 def _(config: Config, weights: str) -> Losses:
-    """By ``train_batch`` of two micro-batches."""
     found = []
     deepspeed.init_distributed()
     refused = config["zero_optimization"]["stage"] > 1  # by DeepSpeed with less to read
     for is_compact in (True,) if refused else (False, True):
-        model = pipeline(dist.get_world_size())
-        masks = _same_everywhere(model, {name: name for name, _ in model.named_parameters()})
-        changed = merged(config, {"gradient_accumulation_steps": 2})
-        if is_compact:
-            changed = merged(changed, block(_saved(masks), weights=weights))
-        else:
-            mask_gradients(model, masks)
-        engine = start(model, changed)
-        dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-        data = ((x.to(dtype), y) for x, y in batches())
-        found.append([float(engine.train_batch(data)) for _ in range(6)])
-        if is_compact:
-            assert sparse_comm.is_compact(engine.module)
+        engine = _pipeline_engine(config, weights if is_compact else None)
+        found.append(_train_batches(engine))
         engine.destroy()
     return found[0], found[1]
+
+
+def _pipeline_engine(config: Config, weights: str | None) -> Any:
+    """Masked dense (``weights=None``) or compact."""
+    model = pipeline(dist.get_world_size())
+    masks = _same_everywhere(model, {name: name for name, _ in model.named_parameters()})
+    changed = merged(config, {"gradient_accumulation_steps": 2})
+    if weights is None:
+        return start(mask_gradients(model, masks), changed)
+    engine = start(model, merged(changed, block(_saved(masks), weights=weights)))
+    assert sparse_comm.is_compact(engine.module)
+    return engine
+
+
+def _train_batches(engine: Any, first: int = 0) -> list[float]:
+    """Losses of six steps of two micro-batches."""
+    dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+    data = ((x.to(dtype), y) for x, y in batches(first))
+    return [float(engine.train_batch(data)) for _ in range(6)]
+
+
+def pipelines_go_on_where_they_were(rank: int, world_size: int) -> None:
+    """From a compact checkpoint, and from a dense one."""
+    deepspeed.init_distributed()
+    for stage in (0, 1):
+        for saved_as in ("cached", None):
+            config = merged(BASE, zero(stage))
+            engine, folder = _pipeline_engine(config, saved_as), shared_folder()
+            _train_batches(engine)
+            engine.save_checkpoint(str(folder))
+            expected = _train_batches(engine, 12)
+            resumed = _pipeline_engine(config, "transient")
+            resumed.load_checkpoint(str(folder))
+            assert _train_batches(resumed, 12) == expected
 
 
 # ---------------------------------------------------------------- experts
@@ -147,25 +174,46 @@ def _of_mixture(ep_size: int) -> Train:
 
 def _mixture_losses(config: Config, weights: str | None, ep_size: int) -> list[float]:
     """Of masked dense (``weights=None``) or of compact training."""
+    engine = _mixture_engine(config, weights, ep_size)
+    losses = _train_mixture(engine)
+    engine.destroy()
+    return losses
+
+
+def _mixture_engine(config: Config, weights: str | None, ep_size: int) -> Any:
     model, names = mixture(ep_size)
     masks = _same_everywhere(model, names)
     if weights is None:
-        mask_gradients(model, masks)
-    else:
-        path = _saved({names[name]: mask for name, mask in masks.items()})
-        config = merged(config, block(path, weights=weights))
-    engine = start(model, merged(config))
+        return start(mask_gradients(model, masks), merged(config))
+    path = _saved({names[name]: mask for name, mask in masks.items()})
+    return start(model, merged(config, block(path, weights=weights)))
+
+
+def _train_mixture(engine: Any, first: int = 0) -> list[float]:
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
     losses = []
-    for seed in range(6):
+    for seed in range(first, first + 6):
         x, y = batch(seed)
         out, auxiliary = engine(x.to(dtype))
         loss = F.cross_entropy(out.float(), y) + 0.01 * auxiliary
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    engine.destroy()
     return losses
+
+
+def experts_go_on_where_they_were(rank: int, world_size: int) -> None:
+    """From a compact checkpoint."""
+    for stage in (0, 1, 2):
+        for ep_size in (1, 2):
+            config = merged(BASE, zero(stage))
+            engine, folder = _mixture_engine(config, "cached", ep_size), shared_folder()
+            _train_mixture(engine)
+            engine.save_checkpoint(str(folder))
+            expected = _train_mixture(engine, 6)
+            resumed = _mixture_engine(config, "transient", ep_size)
+            resumed.load_checkpoint(str(folder))
+            assert _train_mixture(resumed, 6) == expected
 
 
 _NO_ZERO_3 = {3: by_deepspeed("not supported with ZeRO Stage 3")}
@@ -204,9 +252,8 @@ def _saved(masks: Masks) -> str:
     """A file of the masks of all ranks. A collective."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, masks)
-    path = [os.path.join(tempfile.mkdtemp(), "masks.safetensors")]
-    dist.broadcast_object_list(path)
+    path = shared_folder() / "masks.safetensors"
     if dist.get_rank() == 0:
-        sparse_comm.save_masks({n: m for part in gathered for n, m in part.items()}, path[0])
+        sparse_comm.save_masks({n: m for part in gathered for n, m in part.items()}, path)
     dist.barrier()
-    return path[0]
+    return str(path)

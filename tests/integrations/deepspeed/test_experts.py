@@ -8,10 +8,18 @@ pytest.importorskip("deepspeed")
 
 from tests.integrations.cases import passed
 
-from .parallel import EXPERTS, experts_do_not_depend_on_ep_size
+from .parallel import (
+    EXPERTS,
+    experts_do_not_depend_on_ep_size,
+    experts_go_on_where_they_were,
+)
 from .rows import cases
 
-CASES = {**cases(EXPERTS), "the same for ep_size 1 and 2": experts_do_not_depend_on_ep_size}
+CASES = {
+    **cases(EXPERTS),
+    "the same for ep_size 1 and 2": experts_do_not_depend_on_ep_size,
+    "checkpoints": experts_go_on_where_they_were,
+}
 TIMEOUT = 200
 
 

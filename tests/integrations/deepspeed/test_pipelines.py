@@ -8,10 +8,10 @@ pytest.importorskip("deepspeed")
 
 from tests.integrations.cases import passed
 
-from .parallel import PIPELINES
+from .parallel import PIPELINES, pipelines_go_on_where_they_were
 from .rows import cases
 
-CASES = cases(PIPELINES)
+CASES = {**cases(PIPELINES), "checkpoints": pipelines_go_on_where_they_were}
 TIMEOUT = 200
 
 

@@ -7,7 +7,9 @@ decay towards zero stay there.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from sparse_comm.integrations import deepspeed as sparse_deepspeed
 from torch import Tensor, nn
 
+from sparse_comm.mask_sync import on_all_ranks
 from tests.compact.models import random_masks, zero_pruned_
 
 Config = dict[str, Any]
@@ -130,8 +133,10 @@ def train(engine: Any, steps: int = 6, accumulate: int = 1, first: int = 0) -> l
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    engine.eval()
     with torch.no_grad():
         losses.append(loss_of(engine, first + steps * accumulate).item())
+    engine.train()
     return losses
 
 
@@ -141,6 +146,19 @@ def both(engines: tuple[Any, Any], **options: Any) -> tuple[list[float], list[fl
     for engine in engines:
         engine.destroy()
     return dense, compact
+
+
+def on_first(function: Callable[[], Any]) -> None:
+    """Run something on rank 0; the others wait, and fail with it."""
+    on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)
+
+
+def shared_folder() -> Path:
+    """A new folder that all ranks know; one of temporary files. A collective."""
+    made = [tempfile.mkdtemp(prefix="sparse_comm-tests-") if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    assert made[0] is not None
+    return Path(made[0])
 
 
 def dense_weights(engine: Any) -> dict[str, Tensor]:

@@ -1,0 +1,243 @@
+"""What is saved comes back, compact or dense, in every ZeRO stage; other masks are refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from sparse_comm.integrations import deepspeed as sparse_deepspeed
+from torch import Tensor, nn
+
+import sparse_comm
+from tests.compact.models import same_nnz_masks, same_state
+from tests.integrations.cases import Case, Cases, case, passed
+
+from .training import (
+    BASE,
+    CLASSES,
+    WIDTH,
+    Config,
+    block,
+    dense_weights,
+    mask_gradients,
+    merged,
+    on_first,
+    pruned,
+    shared_folder,
+    start,
+    train,
+    zero,
+)
+
+TIMEOUT = 300
+BF16 = {"bf16": {"enabled": True}}
+STAGES = (0, 1, 2, 3)
+CASES: Cases = {}
+
+
+def configs() -> list[tuple[str, Config]]:
+    return [
+        (f"ZeRO {stage} {name}", merged(BASE, zero(stage), extra))
+        for stage in STAGES
+        for name, extra in (("fp32", {}), ("bf16", BF16))
+    ]
+
+
+def each(function: Callable[[Config], None]) -> Callable[[Config], None]:
+    """Register a case for each stage and dtype."""
+    for name, config in configs():
+        CASES[f"{function.__name__.replace('_', ' ')}, {name}"] = _with(function, config)
+    return function
+
+
+def _with(function: Callable[[Config], None], config: Config) -> Case:
+    return lambda rank, world_size: function(copy.deepcopy(config))
+
+
+class Net(nn.Module):
+    """With what an optimizer does not hold: a frozen layer, and a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(WIDTH, 64).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+        self.middle = nn.Linear(64, 64)
+        self.last = nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x = self.frozen(x) + 0.01 * self.calls.to(x.dtype)
+        return self.last(torch.tanh(self.middle(x)))
+
+
+def engine(config: Config, is_compact: bool, other_start: bool = False, **more: Any) -> Any:
+    """Of the same model and masks each time; ``other_start``: of other weights, pruned alike."""
+    model, masks = pruned(Net)
+    if other_start:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    if is_compact:
+        return start(model, merged(config, block(weights="transient"), more))
+    return start(mask_gradients(model, masks), merged(config, more))
+
+
+def saved(config: Config, is_compact: bool) -> tuple[Path, list[float]]:
+    """The folder of a checkpoint after three steps, and the losses of three more."""
+    folder = shared_folder()
+    trained = engine(config, is_compact)
+    train(trained, 3)
+    trained.save_checkpoint(str(folder))
+    return folder, train(trained, 3, first=3)
+
+
+@each
+def a_compact_engine_goes_on_where_it_was(config: Config) -> None:
+    folder, expected = saved(config, is_compact=True)
+    resumed = engine(config, is_compact=True, other_start=True)
+    path, _ = resumed.load_checkpoint(str(folder))
+    assert path is not None
+    assert resumed.global_steps == 3
+    assert train(resumed, 3, first=3) == expected
+
+
+@each
+def a_dense_checkpoint_loads_into_a_compact_engine(config: Config) -> None:
+    folder, expected = saved(config, is_compact=False)
+    resumed = engine(config, is_compact=True, other_start=True)
+    assert resumed.load_checkpoint(str(folder))[0] is not None
+    assert resumed.global_steps == 3
+    assert train(resumed, 3, first=3) == expected
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+@each
+def weights_alone_load_from_a_dense_checkpoint(config: Config) -> None:
+    folder, _ = saved(config, is_compact=False)
+    resumed = engine(config, is_compact=True, other_start=True)
+    resumed.load_checkpoint(str(folder), load_optimizer_states=False)
+    twin = engine(config, is_compact=False, other_start=True)
+    twin.load_checkpoint(str(folder), load_optimizer_states=False)
+    assert train(resumed, 3, first=3) == train(twin, 3, first=3)
+
+
+@each
+def a_compact_checkpoint_becomes_a_dense_one(config: Config) -> None:
+    if config["zero_optimization"]["stage"] == 0:
+        return  # which has no universal checkpoints
+    folder, expected = saved(config, is_compact=True)
+    target = shared_folder()
+    on_first(lambda: sparse_deepspeed.expand_checkpoint(folder, target))
+    # DeepSpeed's universal checkpoints hold neither buffers nor frozen parameters
+    plain = engine(config, is_compact=False, checkpoint={"load_universal": True})
+    _copy_what_is_not_trained(plain, folder)
+    plain.load_checkpoint(str(target))
+    assert train(plain, 3, first=3) == expected
+
+
+def _copy_what_is_not_trained(plain: Any, folder: Path) -> None:
+    state = sparse_deepspeed.dense_state_dict_of(folder)
+    frozen = [p for p in plain.module.parameters() if not p.requires_grad and hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(frozen, modifier_rank=0, enabled=bool(frozen)):
+        for name, tensor in (*plain.module.named_buffers(), *plain.module.named_parameters()):
+            if not tensor.requires_grad:
+                tensor.data.copy_(state[name])
+
+
+@each
+def consolidated_it_is_a_plain_dense_state_dict(config: Config) -> None:
+    folder, _ = saved(config, is_compact=True)
+    state = sparse_deepspeed.dense_state_dict_of(folder)
+    model, masks = pruned(Net)
+    model.load_state_dict(state)
+    for name, mask in masks.items():
+        assert not state[name][~mask].any()
+        assert state[name][mask].any()
+
+
+@each
+def the_16_bit_model_is_dense(config: Config) -> None:
+    config = merged(
+        config, {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}
+    )
+    trained = engine(config, is_compact=True)
+    train(trained, 2)
+    folder = shared_folder()
+    assert trained.save_16bit_model(str(folder), "model.bin")
+    dist.barrier()
+    state = torch.load(folder / "model.bin", weights_only=True)
+    model, masks = pruned(Net)
+    assert list(state) == list(model.state_dict())
+    model.load_state_dict(state)
+    for name, mask in masks.items():
+        assert not state[name][~mask].any()
+
+
+@each
+def other_masks_are_refused_on_every_rank(config: Config) -> None:
+    folder, _ = saved(config, is_compact=True)
+    model, masks = pruned(Net)
+    other = shared_folder() / "other.safetensors"
+    on_first(lambda: sparse_comm.save_masks(same_nnz_masks(masks), other))
+    foreign = start(model, merged(config, block(str(other))))
+    before = dense_weights(foreign)
+    with pytest.raises(ValueError, match=r"has another mask for .frozen.weight. than"):
+        foreign.load_checkpoint(str(folder))
+    assert same_state(dense_weights(foreign), before)  # nothing was loaded
+
+
+@case(CASES)
+def a_checkpoint_that_does_not_exist_is_deepspeeds_to_complain_of(rank: int, world: int) -> None:
+    trained = engine(merged(BASE, zero(1)), is_compact=True)
+    assert trained.load_checkpoint(str(shared_folder())) == (None, None)
+
+
+@case(CASES)
+def packing_says_what_is_wrong(rank: int, world_size: int) -> None:
+    folder, _ = saved(merged(BASE, zero(1)), is_compact=True)
+    dense, _ = saved(merged(BASE, zero(1)), is_compact=False)
+    stage0, _ = saved(merged(BASE, zero(0)), is_compact=False)
+    masks = folder / "global_step3" / "masks.safetensors"
+    if rank > 0:
+        return
+    target = folder / "new"
+    with pytest.raises(ValueError, match="is a compact checkpoint already"):
+        sparse_deepspeed.pack_checkpoint(folder, target, masks)
+    with pytest.raises(FileNotFoundError, match="is not a compact checkpoint"):
+        sparse_deepspeed.expand_checkpoint(dense, target)
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*global_step9"):
+        sparse_deepspeed.pack_checkpoint(dense, target, masks, tag="global_step9")
+    with pytest.raises(FileNotFoundError, match="has no file 'latest'"):
+        sparse_deepspeed.pack_checkpoint(target, target, masks)
+    with pytest.raises(ValueError, match="is a checkpoint of ZeRO 0"):
+        sparse_deepspeed.pack_checkpoint(stage0, target, masks)
+    foreign = folder / "foreign.safetensors"
+    sparse_comm.save_masks({"head": torch.ones(3, dtype=torch.bool)}, foreign)
+    with pytest.raises(ValueError, match="the masks have 'head', the checkpoint has not"):
+        sparse_deepspeed.pack_checkpoint(dense, target, foreign)
+    sparse_comm.save_masks({"last.weight": torch.ones(3, dtype=torch.bool)}, foreign)
+    with pytest.raises(ValueError, match=r"'last.weight' has 1024 entries in the checkpoint"):
+        sparse_deepspeed.pack_checkpoint(dense, target, foreign)
+    assert not any(target.rglob("*"))  # nor drafts
+    sparse_deepspeed.pack_checkpoint(dense, target, masks)
+    with pytest.raises(FileExistsError, match="remove it, or choose another target"):
+        sparse_deepspeed.pack_checkpoint(dense, target, masks)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", CASES)
+def test_checkpoints(name):
+    passed(__name__, 2, name)
