@@ -80,7 +80,7 @@ def check_supported(config: Mapping[str, Any], model: nn.Module, optimizer: Any)
                 raise matrix_optimizer_error(name)
     for path, why in _REFUSED.items():
         value = _at(config, *path.split("."))
-        if value not in _OFF:
+        if not _is_off(value):
             raise ValueError(
                 f"{path!r} of the DeepSpeed config is {_short(value)}, which the block "
                 f"'sparse_comm' does not go with: {why}; remove it, or switch the block off"
@@ -98,8 +98,7 @@ def check_supported(config: Mapping[str, Any], model: nn.Module, optimizer: Any)
         )
 
 
-# Dotted path in the config: why it is refused. A value in _OFF is the same as none.
-_OFF: tuple[Any, ...] = (None, False, 0, 1, {})
+# Dotted path in the config: why it is refused.
 _REFUSED = {
     "sparse_gradients": "it sends coordinates beside values, and DeepSpeed has removed it",
     "compression_training": "DeepSpeed has removed it; masks come from 'masks' of the block",
@@ -135,6 +134,11 @@ def _at(config: Mapping[str, Any], *path: str) -> Any:
             return None
         found = found.get(key)
     return found
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting is as if it were not there; sizes of one rank are."""
+    return value in (None, False, {}) or (type(value) is int and value <= 1)
 
 
 def _short(value: Any) -> str:

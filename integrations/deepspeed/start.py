@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 
-from sparse_comm.compact.convert import compact_by
+from sparse_comm.compact.convert import compact_by, densify
 from sparse_comm.compact.optimizer import Change
 from sparse_comm.mask_sync import on_all_ranks
 
@@ -109,7 +110,11 @@ def initialize(
     if model_parameters is not None:
         _replace(model_parameters, changes)
     changes.clear()  # or the dense parameters would live as long as this call
-    engine, *others = deepspeed.initialize(**given)
+    try:
+        engine, *others = deepspeed.initialize(**given)
+    except BaseException:
+        _restore(model, optimizer)
+        raise
     return watch(engine), *others
 
 
@@ -140,6 +145,14 @@ def _compact(
     if partitioned:
         gc.collect()  # partitioned parameters are in reference cycles of DeepSpeed's closures
     return changes
+
+
+def _restore(model: nn.Module, optimizer: Any) -> None:
+    """Make the model dense again, for another try, after DeepSpeed has refused it."""
+    if not any(is_partitioned(parameter) for parameter in model.parameters()):
+        client = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+        with contextlib.suppress(ValueError, TypeError):  # the reason is raised, not this
+            densify(model, client)
 
 
 def _listed(model_parameters: Iterable[Any]) -> list[Any]:
