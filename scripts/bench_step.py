@@ -9,7 +9,6 @@ compaction itself costs.
 """
 
 import argparse
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lib import results, step_plot, step_report
-from lib.bench import LOOPBACK, RANKS, link_name, run_over
+from lib.bench import LOOPBACK, RANKS, check_links, link_name, run_over
 from lib.job import add_bar, progress_bars, run_job, run_script
 from lib.netns import LinkUnavailable
 from lib.pair import BLOCK, UNTIMED
@@ -125,9 +124,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse what cannot work before any process starts."""
     if sys.platform != "linux":
         parser.error(f"this script needs Linux; this is {sys.platform}")
-    for link in options.links:
-        if link != LOOPBACK and not re.fullmatch(r"[\d.]+[kmg]bit", link):
-            parser.error(f"--links has {link!r}; it takes {LOOPBACK}, or a speed such as 1gbit")
+    check_links(parser, options.links)
     for density in options.density:
         least = 0.1 if options.quick else 0.02  # embeddings, biases and norms have no mask
         if not least <= density < 1:

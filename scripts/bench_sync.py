@@ -7,7 +7,6 @@ before. Over links of several speeds, between network namespaces (needs root) or
 """
 
 import argparse
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lib import results, sync_plot, sync_report
-from lib.bench import LOOPBACK, RANKS, link_name, run_over
+from lib.bench import LOOPBACK, RANKS, check_links, link_name, run_over
 from lib.job import add_bar, progress_bars, run_script
 from lib.netns import LinkUnavailable
 from lib.sync_rank import CONTEXT, SEQUENCES
@@ -80,9 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if sys.platform != "linux":
         parser.error(f"this script needs Linux; this is {sys.platform}")
-    for link in options.links:
-        if link != LOOPBACK and not re.fullmatch(r"[\d.]+[kmg]bit", link):
-            parser.error(f"--links has {link!r}; it takes {LOOPBACK}, or a speed such as 1gbit")
+    check_links(parser, options.links)
     if options.repeats is not None and options.repeats < 2:
         parser.error(f"--repeats is {options.repeats}; an interval needs at least 2")
     options.size = QUICK if options.quick else FULL

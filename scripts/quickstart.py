@@ -4,16 +4,21 @@ Two processes train on the source code and the documentation of Python's standar
 dense warm-up, then 90 % of the weights are pruned by magnitude, then the pruned model goes on
 twice, with equal seeds and data, once as DDP with masks and once compact. Both are timed in turn
 on the loopback and, where root and network namespaces are to be had, over a slow link.
+
+With --framework deepspeed it is scripts/compare_comm.py in small: a GPT of 6 blocks trains for 20
+steps under DeepSpeed's ZeRO 1, in bf16, dense, masked dense and compact.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
+import compare_comm
 from lib import quickstart_plot, results
 from lib import quickstart_report as report
 from lib.launch import RankFailed, stop_on_signals
@@ -25,11 +30,27 @@ NAME = "quickstart"
 PLOT = f"{NAME}.png"
 WRITTEN = f"{NAME}.md, {NAME}.json and {PLOT}"
 MINIMUM_STEPS = 5  # the first steps of each block are not timed
+PYTORCH = "pytorch"
+LINK, RATE = "auto", "1gbit"  # defaults
+DEEPSPEED_SIZE = {"layers": 6, "width": 512, "warm_up": 20, "steps": 20, "tokens": 64}
 
 
 def main() -> int:
     """Run the stages and write the report; returns the exit status."""
     options = parse_arguments()
+    return run_pytorch(options) if options.framework == PYTORCH else run_deepspeed(options)
+
+
+def run_deepspeed(options: argparse.Namespace) -> int:
+    size = DEEPSPEED_SIZE | {"seed": options.seed}
+    out = options.out or results.FOLDER / options.framework
+    return compare_comm.compare(
+        compare_comm.Plan([1], compare_comm.LINKS, size, out, NAME, judge_times=False)
+    )
+
+
+def run_pytorch(options: argparse.Namespace) -> int:
+    out = options.out or results.FOLDER / NAME
     stop_on_signals()
     console = Console()
     errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
@@ -56,10 +77,10 @@ def main() -> int:
         "stages": [asdict(stage) for stage in stages],
     }
     title = "The same pruned training, dense and compact"
-    results.write(options.out, NAME, measured, title, report.markdown(rows, notes, PLOT), origin)
-    quickstart_plot.draw(rows, stages[0], options.out / PLOT)
+    results.write(out, NAME, measured, title, report.markdown(rows, notes, PLOT), origin)
+    quickstart_plot.draw(rows, stages[0], out / PLOT)
     console.print(report.rich_table(rows))
-    console.print(f"Written: {WRITTEN} in {options.out}", highlight=False)
+    console.print(f"Written: {WRITTEN} in {out}", highlight=False)
     return 0
 
 
@@ -75,17 +96,39 @@ def busy_warnings() -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    defaults = Settings()
+    """All options; those that only PyTorch takes are as in Settings, LINK and RATE if not given."""
+    defaults = asdict(Settings()) | {"link": LINK, "rate": RATE}
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Writes {WRITTEN}. Takes about three minutes on two cores.",
     )
 
-    def add(name: str, convert: type, text: str) -> None:
-        default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=convert, default=default, help=f"{text} (default: {default})"
+    parser.add_argument(
+        "--framework",
+        choices=(PYTORCH, *compare_comm.FRAMEWORKS),
+        default=PYTORCH,
+        help="that trains; others than %(default)s take --seed and --out only "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of initial weights and data order (default: 0)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the report (default: results/quickstart of the checkout, or results/ and "
+        "the framework)",
+    )
+    pytorch = parser.add_argument_group("options of PyTorch")
+
+    def add(name: str, convert: type, text: str, choices: Sequence[str] | None = None) -> None:
+        pytorch.add_argument(
+            f"--{name}",
+            type=convert,
+            choices=choices,
+            default=argparse.SUPPRESS,  # whether it was given shows
+            help=f"{text} (default: {defaults[name.replace('-', '_')]})",
         )
 
     add("warmup", int, "dense steps before pruning")
@@ -96,33 +139,39 @@ def parse_arguments() -> argparse.Namespace:
     add("width", int, "width of the model, a multiple of 64")
     add("batch", int, "sequences per rank and step")
     add("context", int, "bytes per sequence")
-    add("seed", int, "seed of initial weights and data order")
-    parser.add_argument(
-        "--weights",
-        choices=("cached", "transient"),
-        default=defaults.weights,
-        help="cached keeps a dense copy of each weight (fastest), transient makes it when its "
-        "layer runs (least memory) (default: %(default)s)",
+    add(
+        "weights",
+        str,
+        "cached keeps a dense copy of each weight (fastest), transient makes it when its layer "
+        "runs (least memory)",
+        ("cached", "transient"),
     )
-    parser.add_argument(
-        "--link",
-        choices=("auto", "loopback", "netns"),
-        default="auto",
-        help="netns: also over a slow link between two network namespaces, needs root; "
-        "loopback: not so; auto: where it is possible (default: %(default)s)",
+    add(
+        "link",
+        str,
+        "netns: also over a slow link between two network namespaces, needs root; loopback: not "
+        "so; auto: where it is possible",
+        ("auto", "loopback", "netns"),
     )
-    parser.add_argument(
-        "--rate", default="1gbit", help="speed of that link, as 'tc' writes it (default: 1gbit)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER / "quickstart",
-        help="folder for the report (default: results/quickstart of the checkout)",
-    )
+    add("rate", str, "speed of that link, as 'tc' writes it")
     options = parser.parse_args()
+    given = [name for name in defaults if name != "seed" and name in options]
+    if options.framework != PYTORCH:
+        check_deepspeed(parser, given)
+        return options
+    options = argparse.Namespace(**(defaults | vars(options)))
     check(parser, options)
     return options
+
+
+def check_deepspeed(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Refuse what cannot work before any process starts."""
+    for name in given:
+        parser.error(
+            f"--{name.replace('_', '-')} is an option of PyTorch, which --framework deepspeed does not take: leave "
+            "it out, or use scripts/compare_comm.py, which has options for DeepSpeed"
+        )
+    compare_comm.check_machine(parser)
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

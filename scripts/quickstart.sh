@@ -6,5 +6,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export OMP_NUM_THREADS=1 # several processes share the cores
 export MPLCONFIGDIR="$root/.sparse_comm_cache/matplotlib"
 
-bash "$root/scripts/setup_env.sh" plot
+extra=plot
+case " $* " in
+    *" --framework deepspeed "* | *" --framework=deepspeed "*) extra=deepspeed ;;
+esac
+bash "$root/scripts/setup_env.sh" "$extra"
 exec "$root/.venv/bin/python" "$root/scripts/quickstart.py" "$@"

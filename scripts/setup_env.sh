@@ -2,8 +2,9 @@
 # Makes .venv in this checkout and installs sparse_comm into it, editable, at the versions that
 # scripts/constraints.txt pins.
 #
-#     bash scripts/setup_env.sh plot    what the scripts need
-#     bash scripts/setup_env.sh dev     what the tests need; holds plot
+#     bash scripts/setup_env.sh plot         what the scripts need
+#     bash scripts/setup_env.sh deepspeed    what those that use DeepSpeed need; holds plot
+#     bash scripts/setup_env.sh dev          what the tests need; holds both
 #
 # Quick when the last install still stands. Writes to the checkout and to pip's cache only.
 set -euo pipefail
@@ -64,12 +65,17 @@ pip_install() {
         }' || { tail -n 30 .venv/pip.log >&2; die "pip failed; all that it said is in .venv/pip.log"; }
 }
 
-case $extra in plot | dev) ;; *) die "unknown extra '$extra': plot or dev" ;; esac
+case $extra in
+    plot | dev) installed=$extra ;;
+    deepspeed) installed=plot,deepspeed ;;
+    *) die "unknown extra '$extra': plot, deepspeed or dev" ;;
+esac
 
 if can_run "$python" pip && intact; then
     now=$(fingerprint)
     case $(cat "$stamp" 2> /dev/null || true) in
         "$now dev" | "$now $extra") exit 0 ;;
+        "$now deepspeed") [ "$extra" != plot ] || exit 0 ;;
     esac
 elif [ -e .venv ]; then
     say "the .venv here is damaged: making it anew"
@@ -85,8 +91,8 @@ if [ ! -e .venv ]; then
     say "making .venv with $base ($("$base" -c 'import platform; print(platform.python_version())'))"
     "$base" -m venv .venv
 fi
-say "installing sparse_comm[$extra]: minutes when torch is new here, else seconds"
+say "installing sparse_comm[$installed]: minutes when torch is new here, else seconds"
 pip_install setuptools # builds sparse_comm below; the one that comes with venv is too old
-pip_install --no-build-isolation -e ".[$extra]"
+pip_install --no-build-isolation -e ".[$installed]"
 printf '%s %s\n' "$(fingerprint)" "$extra" > "$stamp"
 say "done in $SECONDS s"

@@ -7,18 +7,22 @@ the place of the one that it was given (Adagrad). So the engine's own public met
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.torch_autocast import get_comm_dtype
+from torch import Tensor
 
 from sparse_comm import values_changed
 from sparse_comm.compact.convert import is_compact
-from sparse_comm.compact.module import compact_slots
 
+from ..report import FirstStep
 from .load import Checkpoints
+from .partitioned import drop_caches
 from .pipeline import share_values
 from .refuse import check_version
-from .report import FirstStep
 
 __all__ = ["gradient_bytes", "watch"]
 
@@ -53,12 +57,11 @@ def watch(engine: Engine) -> Engine:
     if isinstance(engine, CompactEngine):
         return engine
     if engine.zero_optimization_partition_weights():
-        for _, _, _, slot in compact_slots(model):
-            slot.drop_cache(warn=False)
+        drop_caches(model)
     share_values(model)
     values_changed(model)  # the engine has broadcast and cast them
     object.__setattr__(engine, "__class__", _engine_class(type(engine)))
-    engine.__dict__["_sparse_comm_first_step"] = FirstStep(engine)
+    engine.__dict__["_sparse_comm_first_step"] = FirstStep(model, _wire_dtype(engine))
     return engine
 
 
@@ -95,7 +98,15 @@ class CompactEngine(Checkpoints, DeepSpeedEngine):
 
     def _stepped(self) -> None:
         values_changed(self.module)
-        self.__dict__["_sparse_comm_first_step"].say()
+        figures = self.__dict__["_sparse_comm_first_step"].end()
+        if figures is None or self.global_rank != 0:
+            return
+        # Not by DeepSpeed's logger, which shows nothing below warnings unless told to.
+        print(FirstStep.text(figures), flush=True)
+        if self.monitor.enabled:
+            at = self.global_samples
+            events = [(f"Train/sparse_comm/{k}_bytes", v, at) for k, v in figures.items()]
+            self.monitor.write_events(events)
 
 
 _classes: dict[type, type[CompactEngine]] = {}
@@ -106,6 +117,14 @@ def _engine_class(base: type) -> type[CompactEngine]:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         _classes[base] = type(base.__name__, (CompactEngine, base), names)
     return _classes[base]
+
+
+def _wire_dtype(engine: Engine) -> Callable[[Tensor], torch.dtype]:
+    """What the gradient of a parameter travels in."""
+    if engine.torch_autocast_enabled() and engine.zero_optimization():
+        return get_comm_dtype
+    dtype: torch.dtype = engine.communication_data_type
+    return lambda parameter: dtype
 
 
 def _is_part(engine: Engine) -> bool:

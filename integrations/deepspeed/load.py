@@ -12,6 +12,7 @@ from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from torch import Tensor
 
 from sparse_comm import save_masks, values_changed
+from sparse_comm.compact.convert import patterns_of
 from sparse_comm.compact.module import compact_slots
 from sparse_comm.compact.state import expand_state as expand_model_state
 from sparse_comm.mask_file import load_patterns
@@ -33,12 +34,25 @@ class Checkpoints:
     module: Any
     optimizer: Any
 
-    def save_checkpoint(self, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(
+        self,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
         """As DeepSpeed's, with the masks of the whole model beside the states."""
         name = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
         whole = _of_all_ranks(_patterns(self))
         on_all_ranks(lambda: _write_masks(whole, Path(save_dir) / name))
-        return super().save_checkpoint(save_dir, tag, *args, **kwargs)  # type: ignore[misc]
+        return super().save_checkpoint(  # type: ignore[misc]
+            save_dir,
+            tag=tag,
+            client_state={} if client_state is None else client_state,
+            save_latest=save_latest,
+            exclude_frozen_parameters=exclude_frozen_parameters,
+        )
 
     def load_checkpoint(self, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, of a compact checkpoint with the same masks, or of a dense one.
@@ -148,11 +162,7 @@ def _patterns(engine: Any) -> Patterns:
     """Of this rank's compact parameters, by their names in the whole model."""
     mpu = None if engine.pipeline_parallelism else engine.mpu
     there = global_names(engine.module, mpu)
-    return {
-        there[name]: slot.pattern
-        for name, _, _, slot in compact_slots(engine.module)
-        if name in there  # not the second name of a tied parameter
-    }
+    return {there[name]: pattern for name, pattern in patterns_of(engine.module).items()}
 
 
 def _groups(engine: Any) -> list[list[SparsityPattern | None]]:

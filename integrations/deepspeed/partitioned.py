@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from sparse_comm.compact.convert import Access
+from sparse_comm.compact.module import compact_slots
 from sparse_comm.compact.slot import Slot
 
-__all__ = ["PartitionedAccess", "is_partitioned", "whole"]
+__all__ = ["PartitionedAccess", "drop_caches", "is_partitioned", "whole"]
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -25,6 +26,16 @@ def whole(parameter: nn.Parameter) -> Any:
     if not is_partitioned(parameter):
         return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters([parameter])
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Keep no dense weights of values that are, or are to be, partitioned.
+
+    They would be a whole copy on every rank, and nothing would tell whether it is stale: ZeRO 3
+    gathers values into memory of its own.
+    """
+    for _, _, _, slot in compact_slots(model):
+        slot.drop_cache(warn=False)
 
 
 class PartitionedAccess(Access):

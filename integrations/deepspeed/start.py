@@ -22,10 +22,10 @@ from .block import Block, read_block, whole_config
 from .engine import watch
 from .masks import agreed_patterns
 from .names import join_expert_groups
-from .partitioned import PartitionedAccess, is_partitioned
+from .partitioned import PartitionedAccess, drop_caches, is_partitioned
 from .refuse import check_supported, check_version, zero_stage
 
-__all__ = ["initialize"]
+__all__ = ["initialize", "listed", "make_compact", "put_in"]
 
 
 def initialize(
@@ -102,13 +102,11 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
-    on_all_ranks(lambda: _check(whole, model, optimizer))
-    stage = zero_stage(whole)
     if model_parameters is not None:
-        given["model_parameters"] = model_parameters = _listed(model_parameters)
-    changes = _compact(block, model, whole, stage, optimizer, mpu)
+        given["model_parameters"] = model_parameters = listed(model_parameters)
+    changes = make_compact(whole, block, model, optimizer, mpu)
     if model_parameters is not None:
-        _replace(model_parameters, changes)
+        put_in(model_parameters, changes)
     changes.clear()  # or the dense parameters would live as long as this call
     try:
         engine, *others = deepspeed.initialize(**given)
@@ -118,14 +116,26 @@ def initialize(
     return watch(engine), *others
 
 
-def _check(config: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
-    check_version()
-    check_supported(config, model, optimizer)
-
-
-def _compact(
-    block: Block, model: nn.Module, config: dict[str, Any], stage: int, optimizer: Any, mpu: Any
+def make_compact(
+    config: dict[str, Any], block: Block, model: nn.Module, optimizer: Any = None, mpu: Any = None
 ) -> list[Change]:
+    """Make a model compact for the engine that a config describes. A collective.
+
+    Args:
+        config: the whole DeepSpeed config.
+        block: of the config, or what is to hold in its place.
+        model: dense; the process group is there.
+        optimizer: the client's, if there is one; one that holds parameters is carried over.
+        mpu: as in ``deepspeed.initialize``.
+
+    Returns:
+        The parameters that were replaced.
+
+    Raises:
+        Exception: as ``initialize``, on every rank; the model is then as it was.
+    """
+    on_all_ranks(lambda: _check(config, model, optimizer))
+    stage = zero_stage(config)
     weights = block.weights or ("transient" if stage == 3 else "cached")
     join_expert_groups(model, config, mpu)
     patterns = agreed_patterns(block, model, mpu)
@@ -142,9 +152,16 @@ def _compact(
     client = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     changes: list[Change] = []
     compact_by(model, patterns, weights, None, client, PartitionedAccess(), changes)
+    if stage == 3:
+        drop_caches(model)
     if partitioned:
         gc.collect()  # partitioned parameters are in reference cycles of DeepSpeed's closures
     return changes
+
+
+def _check(config: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
+    check_version()
+    check_supported(config, model, optimizer)
 
 
 def _restore(model: nn.Module, optimizer: Any) -> None:
@@ -155,7 +172,7 @@ def _restore(model: nn.Module, optimizer: Any) -> None:
             densify(model, client)
 
 
-def _listed(model_parameters: Iterable[Any]) -> list[Any]:
+def listed(model_parameters: Iterable[Any]) -> list[Any]:
     """Parameters, or groups of them, in lists to be changed; the caller's stay as they are."""
     return [
         {**item, "params": list(item["params"])} if isinstance(item, dict) else item
@@ -163,7 +180,8 @@ def _listed(model_parameters: Iterable[Any]) -> list[Any]:
     ]
 
 
-def _replace(items: list[Any], changes: list[Change]) -> None:
+def put_in(items: list[Any], changes: list[Change]) -> None:
+    """Put compact parameters in the places of the dense ones that they replace."""
     new = {id(change.old): change.new for change in changes}
     for at, item in enumerate(items):
         if isinstance(item, dict):

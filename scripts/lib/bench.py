@@ -1,7 +1,9 @@
 """What benchmarks of two ranks share: links, taking turns, medians and their intervals."""
 
+import argparse
 import json
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,13 @@ def link_name(link: str) -> str:
 
 
 # --- in the parent -------------------------------------------------------------------------------
+
+
+def check_links(parser: argparse.ArgumentParser, links: Sequence[str]) -> None:
+    """Refuse what the option ``--links`` does not take."""
+    for link in links:
+        if link != LOOPBACK and not re.fullmatch(r"[\d.]+[kmg]bit", link):
+            parser.error(f"--links has {link!r}; it takes {LOOPBACK}, or a speed such as 1gbit")
 
 
 def run_over(

@@ -68,6 +68,7 @@ def run_script(
     write: Callable[[list, dict[str, str]], None],
     is_wrong: Callable[[Any], bool],
     complaint: str,
+    packages: Sequence[str] = (),
 ) -> int:
     """Measure rows, write them, and complain of those that miss their target.
 
@@ -77,7 +78,7 @@ def run_script(
     stop_on_signals()
     console = Console()
     errors = Console(stderr=True, markup=False, highlight=False)
-    origin = results.origin()
+    origin = results.origin(packages)
     try:
         rows = measure(console)
     except RankFailed as error:

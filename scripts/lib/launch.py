@@ -147,7 +147,6 @@ def stop_on_signals() -> None:
 def rank_main(job: Callable[[Path, int, list[str]], dict]) -> None:
     """Main function of a rank: runs ``job(workdir, rank, arguments)`` and files its result."""
     workdir, rank = Path(sys.argv[1]), int(sys.argv[2])
-    sys.stdout = sys.stderr  # what a library prints must not mix with report_progress's lines
     try:
         result = job(workdir, rank, sys.argv[4:])
         (workdir / f"rank{rank}.json").write_text(json.dumps(result))
@@ -177,5 +176,7 @@ def die_with(parent: int) -> None:
 if __name__ == "__main__":
     # Before the rank's module is imported: torch takes seconds, in which the parent may end, too.
     die_with(int(sys.argv[4]))
+    # What libraries print, some when imported, must not mix with report_progress's lines.
+    sys.stdout = sys.stderr
     del sys.argv[0]  # now as if the rank's module had been started
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

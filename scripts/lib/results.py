@@ -11,9 +11,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "results"  # of the checkout, whe
 PACKAGES = ("torch", "numpy", "sparse-comm")
 
 
-def origin() -> dict[str, str]:
-    """Command, machine, versions, date and commit; call it before measuring."""
-    return provenance(command_line(), PACKAGES)
+def origin(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Command, machine, versions (also of ``packages``), date, commit; call it before measuring."""
+    return provenance(command_line(), (*PACKAGES, *packages))
 
 
 def command_line() -> str:

@@ -1,17 +1,21 @@
 """One rank of ``bench_step.py``: trains every peer in turn, and notes what each step took."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .bench import RANKS
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .netns import transmitted_bytes
 from .pair import BLOCK, UNTIMED, mean_loss
-from .step_peers import Peer, computing, make_peers
+from .step_kinds import Phases
+from .step_peers import computing, make_peers
 from .step_start import Data, pruned_start, pruned_weights_left
 
 
@@ -26,6 +30,8 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     peers = list(computing(make_peers(model, masks, job["compute"]), job["compute"]))
     measured = train_in_turn(peers, job, data)
     for peer, facts in zip(peers, measured, strict=True):
+        facts["payload"] = peer.payload
+        facts["bucket_mb"] = peer.bucket_mb
         facts["held_out"] = peer.held_out_loss(data.held_out)
         facts["pruned_weights_left"] = pruned_weights_left(peer, masks)
     leave()
@@ -38,7 +44,17 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     }
 
 
-def train_in_turn(peers: list[Peer], job: dict, data: Data) -> list[dict]:
+class Training(Protocol):
+    """What takes turns; it has a name."""
+
+    kind: str
+
+    def step(self, tokens: Tensor, targets: Tensor) -> tuple[float, Phases]:
+        """One step: its loss, and the seconds of its phases."""
+        ...
+
+
+def train_in_turn(peers: Sequence[Training], job: dict, data: Data) -> list[dict]:
     """Train each peer for all steps, on equal batches, in blocks as ``pair.train_in_turn`` does.
 
     Returns:
@@ -46,15 +62,7 @@ def train_in_turn(peers: list[Peer], job: dict, data: Data) -> list[dict]:
         "phases" and the "bytes" sent a step, one number a block.
     """
     measured: list[dict] = [
-        {
-            "kind": peer.kind,
-            "payload": peer.payload,
-            "bucket_mb": peer.bucket_mb,
-            "losses": [],
-            "phases": [],
-            "bytes": [],
-        }
-        for peer in peers
+        {"kind": peer.kind, "losses": [], "phases": [], "bytes": []} for peer in peers
     ]
     for first in range(0, job["steps"], BLOCK):
         block = range(first, min(first + BLOCK, job["steps"]))
@@ -65,7 +73,7 @@ def train_in_turn(peers: list[Peer], job: dict, data: Data) -> list[dict]:
     return measured
 
 
-def _train(peer: Peer, facts: dict, block: range, job: dict, data: Data) -> None:
+def _train(peer: Training, facts: dict, block: range, job: dict, data: Data) -> None:
     """One block of steps of one peer."""
     sent_before = None
     for step in block:

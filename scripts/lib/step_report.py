@@ -75,14 +75,14 @@ def rows_of(section: Section, ranks: Sequence[dict]) -> list[Row]:
     link, *_ = section
     share = len(ranks) if link == LOOPBACK else 1  # of a counter that ranks share
     peers = list(zip(*(rank["peers"] for rank in ranks), strict=True))
-    seconds = {both[0]["kind"]: _steps(both) for both in peers}
-    losses = {both[0]["kind"]: _means(facts["losses"] for facts in both) for both in peers}
+    seconds = {both[0]["kind"]: slower_steps(both) for both in peers}
+    losses = {both[0]["kind"]: means(facts["losses"] for facts in both) for both in peers}
     baseline = min(TUNED, key=lambda kind: median(seconds[kind]))
     rows = []
     for both in peers:
         kind = both[0]["kind"]
         reference = losses[reference_of(kind)]
-        sent = _means(facts["bytes"] for facts in both)
+        sent = means(facts["bytes"] for facts in both)
         rows.append(
             Row(
                 *section,
@@ -113,11 +113,11 @@ def reference_of(kind: str) -> str:
     return DENSE_BF16 if "bf16" in kind else DENSE_FP32
 
 
-def _means(parts) -> list[float]:
+def means(parts) -> list[float]:
     return [fmean(each) for each in zip(*parts, strict=True)]
 
 
-def _steps(ranks: Sequence[dict]) -> list[float]:
+def slower_steps(ranks: Sequence[dict]) -> list[float]:
     """Seconds of each timed step, of the slower rank."""
     steps = zip(*(facts["phases"] for facts in ranks), strict=True)
     return [max(sum(phases.values()) for phases in step) for step in steps]

@@ -34,6 +34,7 @@ __all__ = [
     "is_compact",
     "like",
     "masks_of",
+    "patterns_of",
     "values_changed",
 ]
 
@@ -218,11 +219,15 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
     Tied parameters once, under the name that ``model.named_parameters()`` gives.
     """
-    masks: dict[int, tuple[str, Tensor]] = {}
+    return {name: pattern.to_mask() for name, pattern in patterns_of(model).items()}
+
+
+def patterns_of(model: nn.Module) -> dict[str, SparsityPattern]:
+    """``masks_of``, as patterns."""
+    patterns: dict[int, tuple[str, SparsityPattern]] = {}
     for name, _, _, slot in compact_slots(model):
-        if id(slot) not in masks:
-            masks[id(slot)] = name, slot.pattern.to_mask()
-    return dict(masks.values())
+        patterns.setdefault(id(slot), (name, slot.pattern))
+    return dict(patterns.values())
 
 
 def like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
