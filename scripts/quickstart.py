@@ -168,8 +168,8 @@ def check_deepspeed(parser: argparse.ArgumentParser, given: Sequence[str]) -> No
     """Refuse what cannot work before any process starts."""
     for name in given:
         parser.error(
-            f"--{name.replace('_', '-')} is an option of PyTorch, which --framework deepspeed does not take: leave "
-            "it out, or use scripts/compare_comm.py, which has options for DeepSpeed"
+            f"--{name.replace('_', '-')} is an option of PyTorch, which --framework deepspeed does "
+            "not take: leave it out, or use scripts/compare_comm.py, which has options of its own"
         )
     compare_comm.check_machine(parser)
 

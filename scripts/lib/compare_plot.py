@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .bench import link_name
 from .compare_report import COMPACT, DENSE, PHASES, Row, links
@@ -58,6 +59,7 @@ def _losses(axis: Axes, rows: Sequence[Row]) -> None:
     names = ", ".join(str(stage) for stage in stages)
     axis.set_title(f"Losses, ZeRO {names}", fontsize=11)
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("nats per byte")
     axis.legend(fontsize=8, framealpha=1, edgecolor="white")
 

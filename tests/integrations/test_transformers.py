@@ -191,7 +191,7 @@ def accelerated(stage: int | None, dummy: bool, is_compact: bool) -> list[float]
             config["zero_allow_untested_optimizer"] = True
         sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         plugin = DeepSpeedPlugin(hf_ds_config=config | sizes)
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+    accelerator = Accelerator(cpu=plugin is None, deepspeed_plugin=plugin)
     groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
     optimizer = (DummyOptim if dummy else torch.optim.AdamW)(groups, lr=1e-2)
     if is_compact:
