@@ -21,37 +21,39 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 def _is_script(block: str) -> bool:
     """Whether the block is a program of its own, for torchrun."""
-    return "init_process_group" in block
+    return "init_process_group" in block or "engine.step()" in block
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+def test_the_programs_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for block in _blocks(page, "python"):
-        if not _is_script(block):
+    text = page.read_text()
+    for found in _BLOCK.finditer(text):
+        language, block = found.groups()
+        if language == "json":  # a file, which the text before names
+            *_, name = re.findall(r"`([\w.]+)`", text[: found.start()])
+            (tmp_path / name).write_text(block)
+        elif language == "python" and _is_script(block):
+            _run_on_two_ranks(block, tmp_path)
+        elif language == "python":
             exec(compile(block, page.name, "exec"), namespace)
 
 
-SCRIPTS = [
-    (page, block) for page in PAGES for block in _blocks(page, "python") if _is_script(block)
-]
-
-
-@pytest.mark.parametrize("page, block", SCRIPTS, ids=[p.name for p, _ in SCRIPTS])
-def test_the_distributed_programs_of_a_page_run_on_two_ranks(page, block, tmp_path):
+def _run_on_two_ranks(block: str, folder: Path) -> None:
     # Leaves without torch's teardown: after FSDP2 on gloo it aborts in some 2 of 100 runs, also
     # without this package ("terminate called without an active exception").
-    (tmp_path / "train.py").write_text(f"{block}\nimport os\n\nos._exit(0)\n")
+    (folder / "train.py").write_text(f"{block}\nimport os\n\nos._exit(0)\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -11,14 +11,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from sparse_comm import is_compact
-from sparse_comm.cli.versions import within
+from sparse_comm.cli.versions import BOUNDS, within
 from sparse_comm.compact.watch import NEEDS_MATRICES, matrix_optimizer_error
 
 from .partitioned import is_partitioned
 
-__all__ = ["TESTED", "check_supported", "check_version", "zero_stage"]
-
-TESTED = ">=0.19.8,<0.20"
+__all__ = ["check_supported", "check_version", "zero_stage"]
 
 
 def check_version() -> None:
@@ -28,10 +26,11 @@ def check_version() -> None:
         RuntimeError: naming the version and what to install.
     """
     version = metadata.version("deepspeed")
-    if not within(version, TESTED):
+    bounds = BOUNDS["deepspeed"]
+    if not within(version, bounds):
         raise RuntimeError(
             f"DeepSpeed {version} is outside the range that sparse_comm is tested with: "
-            f'pip install "deepspeed{TESTED}", or switch the sparse_comm block off'
+            f'pip install "deepspeed{bounds}", or switch the sparse_comm block off'
         )
 
 

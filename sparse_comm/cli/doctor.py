@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_comm.cli.versions import TESTED, installed, is_tested, requirements, same, within
+from sparse_comm.cli.versions import BOUNDS, TESTED, installed, is_tested, requirements, same, within
 
 __all__ = ["Check", "checks", "run"]
 
 REQUIRED = ("torch", "numpy", "scipy", "safetensors", "rich")
 FRAMEWORKS = {  # by package, what one without tests is to sparse_comm
-    "deepspeed": "integration planned, not there yet",
+    "deepspeed": "",
     "axonn": "integration planned, not there yet; it needs MPI",
     "transformers": "",
     "lightning": "no integration, no tests",
@@ -215,11 +215,18 @@ def _mpi() -> Check:
 
 def _framework(package: str, role: str) -> Check:
     names = (package, "pytorch-lightning") if package == "lightning" else (package,)
+    bounds = BOUNDS.get(package, "")
+    fix = ""  # nothing is gained by those without tests yet
+    if package in TESTED:
+        fix = f'pip install "{package}{bounds}"' if bounds else f"pip install {package}"
     for name in names:
         version = installed(name)
-        if version is not None:
-            return _judged("frameworks", package, version, role or _tests_run_with(package))
-    fix = f"pip install {package}" if package in TESTED else ""  # nothing is gained by others yet
+        if version is None:
+            continue
+        if bounds and not within(version, bounds):
+            note = f"the integration works with {bounds} only"
+            return Check("frameworks", package, "untested", version, note, fix)
+        return _judged("frameworks", package, version, role or _tests_run_with(package))
     return Check("frameworks", package, "absent", "", role, fix)
 
 

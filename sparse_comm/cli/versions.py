@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from importlib import metadata, util
 
-__all__ = ["TESTED", "installed", "is_tested", "requirements", "same", "within"]
+__all__ = ["BOUNDS", "TESTED", "installed", "is_tested", "requirements", "same", "within"]
 
 # What scripts/test.sh runs with: the releases (major.minor) that scripts/constraints.txt pins, two
 # where the newer one has left the oldest Python behind. A test holds the two files together.
@@ -21,7 +21,12 @@ TESTED = {
     "transformers": ("5.24", "5.20"),
     "accelerate": ("1.15",),
     "peft": ("0.21",),
+    "deepspeed": ("0.19",),
 }
+
+# Of frameworks whose insides are relied upon, what setup.cfg's extras require: outside of it their
+# integration refuses to work.
+BOUNDS = {"deepspeed": ">=0.19.8,<0.20"}
 
 
 def installed(package: str) -> str | None:

@@ -96,9 +96,19 @@ def test_frameworks_are_found_with_their_versions_and_not_imported(tmp_path, mon
     found = by_name(diagnosis(capsys))
     for name in FRAMEWORKS:
         assert found[name]["value"] == ("2.5" if name == "lightning" else "0.19.8")
-        assert found[name]["state"] == "untested" and found[name]["note"]
-    assert "planned" in found["deepspeed"]["note"] and "planned" in found["axonn"]["note"]
+        state = "ok" if name == "deepspeed" else "untested"  # whose version this is
+        assert found[name]["state"] == state and (found[name]["note"] or state == "ok")
+    assert "planned" in found["axonn"]["note"]
     assert found["peft"]["note"] == "tests run with 0.21"
+
+
+def test_a_deepspeed_that_its_integration_refuses_is_told(tmp_path, monkeypatch, capsys):
+    pretend(tmp_path, "deepspeed", "0.18.9")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = by_name(diagnosis(capsys))["deepspeed"]
+    assert (found["state"], found["value"]) == ("untested", "0.18.9")
+    assert found["note"] == "the integration works with >=0.19.8,<0.20 only"
+    assert found["fix"] == 'pip install "deepspeed>=0.19.8,<0.20"'
 
 
 def test_what_is_absent_comes_with_the_line_that_adds_it_if_it_is_of_use(monkeypatch, capsys):
@@ -111,7 +121,9 @@ def test_what_is_absent_comes_with_the_line_that_adds_it_if_it_is_of_use(monkeyp
     for name in FRAMEWORKS:
         assert found[name]["state"] == "absent"
         usable = name in ("transformers", "accelerate", "peft")  # the others: planned, or not used
-        assert found[name]["fix"] == (f"pip install {name}" if usable else "")
+        fix = f"pip install {name}" if usable else ""
+        fix = 'pip install "deepspeed>=0.19.8,<0.20"' if name == "deepspeed" else fix
+        assert found[name]["fix"] == fix
     assert found["MPI runtime"]["state"] == "absent" and found["MPI runtime"]["fix"] == ""
 
 
@@ -232,6 +244,14 @@ def test_tested_versions_are_those_that_the_tests_are_pinned_to():
     assert set(REQUIRED) <= set(versions.TESTED)
     unexplained = {name for name, role in FRAMEWORKS.items() if not role}
     assert unexplained == set(FRAMEWORKS) & set(versions.TESTED)
+
+
+def test_extras_require_what_the_integrations_work_with():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for package, bounds in versions.BOUNDS.items():
+        lines = config["options.extras_require"][package].split()
+        assert f"{package}{bounds}" in lines
 
 
 def test_what_is_required_is_what_setup_cfg_requires_in_ranges_that_are_understood():

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +53,15 @@ row(
     bf16={"enabled": True},
     data_types={"grad_accum_dtype": "fp32"},
 )(plain)
+
+
+@row(ROWS, "fp16", where="if the machine has it", fp16={"enabled": True})
+def _(config: Config, weights: str) -> Losses:
+    if get_accelerator().is_fp16_supported():
+        return plain(config, weights)
+    with pytest.raises(ValueError, match="no fp16"):
+        start(pruned()[0], merged(config, block(weights=weights)))
+    return [0.0], [0.0]
 
 
 row(ROWS, "`torch_autocast`, bf16", torch_autocast={"enabled": True, "dtype": "bfloat16"})(plain)
@@ -230,11 +241,11 @@ def _(config: Config, weights: str) -> Losses:
     return both(engines, steps=3)
 
 
-@row(
-    ROWS,
-    "model built under `deepspeed.zero.Init`",
-    dict.fromkeys((0, 1, 2), Refused("which is for ZeRO 3")),
-)
+_ZERO_3 = dict.fromkeys((0, 1, 2), Refused("which is for ZeRO 3"))
+
+
+@row(ROWS, "model built under `deepspeed.zero.Init`", _ZERO_3)
+@row(ROWS, "model built under `deepspeed.zero.Init`, bf16", _ZERO_3, bf16={"enabled": True})
 def _(config: Config, weights: str) -> Losses:
     model, masks = pruned()
     engines: list[Any] = []

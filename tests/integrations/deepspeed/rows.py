@@ -47,12 +47,14 @@ class Row:
         promises: by ZeRO stage.
         train: losses of masked dense and of compact training, for (config, weights).
         config: what the feature adds to the config.
+        where: condition that the table tells, which ``train`` looks at.
     """
 
     name: str
     promises: Mapping[int, Promise]
     train: Train
     config: Config = field(default_factory=dict)
+    where: str = ""
 
     def check(self, stage: int, weights: str) -> None:
         """Hold the promise of one cell. On every rank."""
@@ -74,13 +76,17 @@ Rows = dict[str, Row]
 
 
 def row(
-    rows: Rows, name: str, promises: Promise | dict[int, Any] = "=", **config: Any
+    rows: Rows,
+    name: str,
+    promises: Promise | dict[int, Any] = "=",
+    where: str = "",
+    **config: Any,
 ) -> Callable[[Train], Train]:
     """Decorator of what gives the losses of a row; all stages not named promise ``=``."""
 
     def register(train: Train) -> Train:
         some = promises if isinstance(promises, dict) else dict.fromkeys(STAGES, promises)
-        rows[name] = Row(name, dict.fromkeys(STAGES, "=") | some, train, config)
+        rows[name] = Row(name, dict.fromkeys(STAGES, "=") | some, train, config, where)
         return train
 
     return register

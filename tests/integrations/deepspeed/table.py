@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import combinations, parallel
-from .rows import STAGES, Promise, Refused, Rows
+from .rows import STAGES, Refused, Row, Rows
 
 PAGE = Path(__file__).parents[3] / "docs" / "deepspeed.md"
 START = "<!-- combinations: python -m tests.integrations.deepspeed.table -->\n"
@@ -26,15 +26,17 @@ def table() -> str:
 
 def _lines(rows: Rows) -> list[str]:
     return [
-        f"| {row.name} | {' | '.join(_cell(row.promises[stage]) for stage in STAGES)} |"
+        f"| {row.name} | {' | '.join(_cell(row, stage) for stage in STAGES)} |"
         for row in rows.values()
     ]
 
 
-def _cell(promise: Promise) -> str:
+def _cell(row: Row, stage: int) -> str:
+    promise = row.promises[stage]
     if isinstance(promise, Refused):
         return promise.by
-    return "=" if promise == "=" else f"≈ {promise:g}"
+    text = "=" if promise == "=" else f"≈ {promise:g}"
+    return f"{text} {row.where}".rstrip()
 
 
 def rewritten(page: str) -> str:
