@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Writes compare.md, compare.json and compare.png. Takes some 15 minutes on two "
-        "cores, and 10 GB of memory.",
+        "cores, and 4 GB of memory.",
     )
     parser.add_argument(
         "--framework",
@@ -131,10 +131,11 @@ def check_machine(parser: argparse.ArgumentParser) -> None:
 
 def compare(plan: Plan) -> int:
     """Measure, and write the report; returns the exit status."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # of the ranks; else DeepSpeed looks for GPUs
-    # What DeepSpeed compiles stays in the checkout, too.
-    cache = results.FOLDER.parent / ".sparse_comm_cache" / "torch_extensions"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
+    os.environ["DS_ACCELERATOR"] = "cpu"  # of the ranks; else DeepSpeed takes a GPU
+    # What it and torch compile or cache stays in the checkout, as with scripts/test.sh.
+    cache = results.FOLDER.parent / ".sparse_comm_cache"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     notes: list[str] = []
     try:
         return run_script(

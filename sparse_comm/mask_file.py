@@ -28,9 +28,7 @@ _KEY = "sparse_comm.masks"
 _VERSION = 1
 
 
-def save_masks(
-    masks: Mapping[str, Tensor | SparsityPattern], path: str | os.PathLike[str]
-) -> None:
+def save_masks(masks: Mapping[str, Tensor | SparsityPattern], path: str | os.PathLike[str]) -> None:
     """Write masks to a file, whole or not at all.
 
     The bytes go to a hidden file in the same folder, which then takes the name ``path``: a save

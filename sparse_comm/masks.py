@@ -230,7 +230,9 @@ def validate_mask(name: str, mask: Tensor, parameter: Tensor) -> None:
     raise ValueError(message)
 
 
-def patterns_from_masks(masks: Mapping[str, Tensor | SparsityPattern]) -> dict[str, SparsityPattern]:
+def patterns_from_masks(
+    masks: Mapping[str, Tensor | SparsityPattern],
+) -> dict[str, SparsityPattern]:
     """The masks as bits, on the CPU, in their order.
 
     Raises:

@@ -21,7 +21,7 @@ TIME_TARGETS = {1: 4.0, 2: 4.0, 3: 3.0}  # times as fast as dense, by ZeRO stage
 
 
 def sides_of(stage: int) -> tuple[str, ...]:
-    """What is compared in a ZeRO stage; the last but "transient" is sparse_comm's default."""
+    """What is compared in a ZeRO stage: cached dense weights would undo stage 3."""
     cached = () if stage == 3 else (CACHED,)
     return (DENSE, MASKED_DENSE, *cached, TRANSIENT)
 

@@ -22,7 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_comm.cli.versions import BOUNDS, TESTED, installed, is_tested, requirements, same, within
+from sparse_comm.cli.versions import (
+    BOUNDS,
+    TESTED,
+    installed,
+    is_tested,
+    requirements,
+    same,
+    within,
+)
 
 __all__ = ["Check", "checks", "run"]
 

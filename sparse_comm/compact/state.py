@@ -121,6 +121,7 @@ def expand_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         if is_sharded(value):
             state[name] = value.full_tensor()
+    tied: dict[tuple[int, int], Tensor] = {}  # what is tied stays so: it is saved once
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, CompactModule):
             continue
@@ -129,10 +130,13 @@ def expand_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
             values = state.get(prefix + name)
             if values is None or tuple(values.shape) != (slot.pattern.nnz,):
                 continue
-            with torch.no_grad():
-                pattern = slot.pattern.to(values.device)
-                dense = Slot(slot.name, pattern, "transient", None, slot.memory_format)
-                state[prefix + name] = dense.expand(values)
+            key = (id(slot), values.data_ptr())
+            if key not in tied or not values.numel():
+                with torch.no_grad():
+                    pattern = slot.pattern.to(values.device)
+                    dense = Slot(slot.name, pattern, "transient", None, slot.memory_format)
+                    tied[key] = dense.expand(values)
+            state[prefix + name] = tied[key]
         extra = state.pop(prefix + _EXTRA, None)
         if isinstance(extra, dict) and "module" in extra:
             state[prefix + _EXTRA] = extra["module"]

@@ -371,3 +371,11 @@ def test_a_model_may_be_made_on_the_meta_device_and_get_its_weights_later(weight
             compact.load_state_dict(state, assign=assign)
             assert same_weights(dense, compact)
             assert torch.equal(outputs(compact), outputs(dense))
+
+
+def test_what_is_tied_stays_tied_in_the_dense_state_dict():
+    model = seeded(Tied)
+    sparse_comm.compact(model, random_masks(model))
+    state = sparse_comm.dense_state_dict(model)
+    assert state["out.weight"] is state["embed.weight"]
+    assert state["middle.weight"] is not state["embed.weight"]

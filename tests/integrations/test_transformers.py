@@ -250,6 +250,8 @@ def the_compact_model_is_saved_and_loaded(rank: int, world_size: int) -> None:
     if rank == 0:
         model.save_pretrained(folder / "dense")
         assert math.isfinite(loss_of_saved(folder / "dense"))
+        size = (folder / "dense" / "model.safetensors").stat().st_size
+        assert size < 4 * total + 20_000  # the tied weight once
     with pytest.raises(ValueError, match="the model is not compact"):
         save_compact(bert(), folder)
 
