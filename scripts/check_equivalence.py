@@ -1,9 +1,10 @@
 """Checks that compact training equals masked dense training, bit for bit where it should.
 
 Trains a small pruned GPT twice, from one start and on the same data: compact, and dense with its
-weights multiplied by fp32 masks after each step. Does so in one process, under DDP and under FSDP2
-(real processes, gloo), in both storage modes, with single-tensor, foreach and fused optimizers, in
-fp32 and in several kinds of bf16. Ends with status 1 if anything is not as expected.
+weights multiplied by fp32 masks after each step (under DeepSpeed: its gradients, before). Does so
+in one process, under DDP, FSDP2 and DeepSpeed's ZeRO stages (real processes, gloo), in both storage
+modes, with single-tensor, foreach and fused optimizers, in fp32 and in several kinds of bf16. Ends
+with status 1 if anything is not as expected.
 """
 
 import argparse
@@ -54,6 +55,13 @@ LAYOUTS: dict[str, tuple[Layout, tuple[Case, ...]]] = {
     "FSDP2, 3 ranks": (Layout("fsdp2", 3), FP32),
     "DDP, 3 ranks, rank order": (Layout("ddp", 3, in_rank_order=True), FP32),
     "FSDP2, 3 ranks, rank order": (Layout("fsdp2", 3, in_rank_order=True), FP32),
+    **{
+        f"DeepSpeed ZeRO {stage}, 2 ranks": (
+            Layout(f"zero{stage}", 2),
+            tuple(Case(mode, optimizer) for mode, optimizer in product(MODES, IMPLEMENTATIONS[:2])),
+        )
+        for stage in range(4)
+    },
 }
 
 
@@ -111,6 +119,14 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, help="of weights, masks and data (default: %(default)s)"
     )
     parser.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=tuple(LAYOUTS),
+        default=list(LAYOUTS),
+        metavar="LAYOUT",
+        help="which of the layouts, such as 'DDP, 2 ranks' (default: all)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=results.FOLDER / "equivalence",
@@ -126,8 +142,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_all(options: argparse.Namespace, console: Console) -> list[Row]:
     rows = []
+    chosen = {name: LAYOUTS[name] for name in options.layouts}
     with progress_bars(console) as progress:
-        for name, (layout, cases) in LAYOUTS.items():
+        for name, (layout, cases) in chosen.items():
             job = asdict(Job(layout, cases, options.steps, options.density, options.seed))
             on_progress = add_bar(progress, name, total=len(cases))
             ranks = run_job("lib.equivalence_rank", job, layout.ranks, on_progress)

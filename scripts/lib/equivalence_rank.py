@@ -1,6 +1,7 @@
 """One rank of the equivalence check: trains masked dense and compact, and compares them."""
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ Mode = Literal["cached", "transient"]
 class Layout:
     """How the model is spread over ranks."""
 
-    wrap: str  # "none", "ddp" or "fsdp2"
+    wrap: str  # "none", "ddp", "fsdp2", or "zero0" to "zero3" of DeepSpeed
     ranks: int
     in_rank_order: bool = False  # add gradients in the order of ranks, not in gloo's
 
@@ -92,6 +93,11 @@ class Side:
 
     def step(self, tokens: Tensor, targets: Tensor) -> float:
         """One training step; returns this rank's loss."""
+        if hasattr(self.module, "basic_optimizer"):  # DeepSpeed's engine
+            loss = self.module(tokens, targets)
+            self.module.backward(loss)  # type: ignore[operator]
+            self.module.step()  # type: ignore[operator]
+            return loss.item()
         self.optimizer.zero_grad()
         with self._autocast():
             loss = self.module(tokens, targets)
@@ -112,6 +118,10 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Run every case of one layout; returns a dict of results a case, ready for JSON."""
     job = Job.of(read_job(arguments))
     torch.set_num_threads(1)
+    if job.layout.wrap.startswith("zero"):
+        size = str(job.layout.ranks)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if job.layout.wrap != "none":
         join(workdir, rank, job.layout.ranks)
     results = []
@@ -225,7 +235,8 @@ def make_side(compact: bool, case: Case, job: Job, masks: dict[str, Tensor]) -> 
     if compact:
         narrow = torch.bfloat16 if case.precision.startswith("autocast, bf16 weights") else None
         sparse_comm.compact(model, masks, weights=case.weights, compute_dtype=narrow)
-    module = wrap(model, job.layout, case.precision)
+    is_zero = job.layout.wrap.startswith("zero")
+    module = model if is_zero else wrap(model, job.layout, case.precision)
     groups = sparse_comm.param_groups(model, WEIGHT_DECAY)
     kind, implementation = case.optimizer.split()
     optimizer = getattr(torch.optim, kind)(
@@ -234,6 +245,11 @@ def make_side(compact: bool, case: Case, job: Job, masks: dict[str, Tensor]) -> 
         foreach=implementation == "foreach",
         fused=implementation == "fused",
     )
+    if is_zero:
+        if not compact:
+            mask_gradients(model, masks)
+        engine = zero_engine(model, optimizer, int(job.layout.wrap[-1]))
+        return Side(engine, model, optimizer, {}, case.precision)
     factors = {} if compact else {n: spread(m, model.get_parameter(n)) for n, m in masks.items()}
     return Side(module, model, optimizer, factors, case.precision)
 
@@ -256,6 +272,28 @@ def wrap(model: GPT, layout: Layout, precision: str) -> nn.Module:
         if layout.in_rank_order:
             module.set_custom_reduce_scatter(RankOrderReduceScatter())
     return model
+
+
+def mask_gradients(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Pruned weights, which are zero, get no gradient: ZeRO's copies of them cannot be masked."""
+    for name, mask in masks.items():
+        model.get_parameter(name).register_hook(lambda grad, mask=mask: grad * mask)
+
+
+def zero_engine(model: GPT, optimizer: torch.optim.Optimizer, stage: int) -> nn.Module:
+    """DeepSpeed's engine around the model, which may be compact."""
+    import deepspeed
+    from sparse_comm.integrations.deepspeed import watch
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": 0.0,  # by default 1: the norm is summed in another order
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    # As in compare_rank.py: an inference kernel that DeepSpeed would compile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return watch(engine) if sparse_comm.is_compact(model) else engine
 
 
 def spread(mask: Tensor, parameter: Tensor) -> Tensor:
@@ -282,9 +320,25 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def whole_weights(side: Side) -> dict[str, Tensor]:
     """Dense weights of either side, by name."""
+    if any(hasattr(parameter, "ds_id") for parameter in side.model.parameters()):
+        return gathered_weights(side.model)
     if sparse_comm.is_compact(side.model):
         return whole(sparse_comm.dense_state_dict(side.model))
     return whole(side.parameters())
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Of a model that ZeRO 3 has partitioned."""
+    import deepspeed
+
+    found = {}
+    for path, module in model.named_modules():
+        parameters = list(module.parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
+            for name in module._parameters:
+                weight = getattr(module, name)
+                found[f"{path}.{name}"] = torch.clone(weight.detach())
+    return found
 
 
 def packed(tensors: Mapping[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
