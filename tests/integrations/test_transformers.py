@@ -102,9 +102,13 @@ def deepspeed_config(stage: int | None, masks: str | None) -> dict[str, Any] | N
 
 
 def trainer(
-    model: nn.Module, stage: int | None, folder: Path, masks: str | None, **options: Any
+    model: nn.Module | Callable[[], nn.Module],
+    stage: int | None,
+    folder: Path,
+    masks: str | None,
+    **options: Any,
 ) -> Trainer:
-    """Compact if there are masks."""
+    """Compact if there are masks; a function makes the model once the arguments are there."""
     arguments = TrainingArguments(
         str(folder),
         use_cpu=True,
@@ -122,7 +126,8 @@ def trainer(
         **options,
     )
     callback = SparseCommCallback(masks if stage is None else None)
-    return Trainer(model, arguments, train_dataset=Text(), callbacks=[callback] if masks else [])
+    made = model if isinstance(model, nn.Module) else model()
+    return Trainer(made, arguments, train_dataset=Text(), callbacks=[callback] if masks else [])
 
 
 def losses(trained: Trainer) -> list[float]:
@@ -226,6 +231,38 @@ def accelerate_prepares(rank: int, world_size: int) -> None:
         dense = accelerated(stage, dummy, is_compact=False)
         assert accelerated(stage, dummy, is_compact=True) == dense
         assert len(set(dense)) == 4
+
+
+@case(CASES)
+def a_model_that_zero_3_partitions_as_it_is_loaded(rank: int, world_size: int) -> None:
+    """As Hugging Face's examples do: arguments first, then ``from_pretrained``."""
+    model, _, path = pruned()
+    folder = shared_folder()
+    if rank == 0:
+        model.save_pretrained(folder / "start")
+    dist.barrier()
+    whole = trainer(model, 3, folder / "whole", path)
+    whole.train()
+    forget_deepspeed()
+    trained: list[Any] = []
+
+    def load() -> nn.Module:
+        loaded = BertForMaskedLM.from_pretrained(folder / "start")
+        for part in loaded.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        trained.append(loaded)
+        assert all(hasattr(parameter, "ds_id") for parameter in loaded.parameters())
+        return loaded
+
+    partitioned = trainer(load, 3, folder / "partitioned", path)
+    partitioned.train()
+    assert losses(partitioned) == losses(whole)
+    assert sparse_comm.is_compact(trained[0])
+    partitioned.save_model(str(folder / "final"))
+    whole_loss = loss_of_saved(folder / "whole" / "checkpoint-6")
+    dist.barrier()
+    assert loss_of_saved(folder / "final") == whole_loss
 
 
 @case(CASES)
