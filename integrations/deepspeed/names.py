@@ -11,6 +11,10 @@ from typing import Any
 
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
+from deepspeed.utils.bwc import (
+    bwc_tensor_model_parallel_rank,
+    bwc_tensor_model_parallel_world_size,
+)
 from torch import nn
 
 __all__ = ["global_names", "join_expert_groups"]
@@ -62,6 +66,6 @@ def global_names(model: nn.Module, mpu: Any) -> dict[str, str]:
 
 
 def _model_parallel_rank(mpu: Any) -> int | None:
-    if mpu is None or mpu.get_model_parallel_world_size() == 1:
+    if mpu is None or bwc_tensor_model_parallel_world_size(mpu) == 1:
         return None
-    return int(mpu.get_model_parallel_rank())
+    return int(bwc_tensor_model_parallel_rank(mpu))

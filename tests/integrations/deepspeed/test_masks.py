@@ -9,11 +9,13 @@ import pytest
 pytest.importorskip("deepspeed")
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import sparse_comm
 from tests.integrations.cases import Cases, case, passed
+from tests.launch import run
 
 from .training import (
     BASE,
@@ -120,3 +122,53 @@ def masks_of_what_starts_at_zero_are_made_of_rank_0s_and_of_all(rank: int, world
 @pytest.mark.parametrize("name", CASES)
 def test_masks(name):
     passed(__name__, 2, name)
+
+
+class ModelParallel:
+    """A client's ``mpu``: both ranks hold parts of one model."""
+
+    def __init__(self) -> None:
+        self._all = dist.new_group([0, 1])
+        self._alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._all
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._alone
+
+
+def _train_parts(rank: int, world_size: int) -> None:
+    """The parts have masks, and weights, of their own."""
+    model, masks = pruned()
+    with torch.no_grad():
+        for name, mask in masks.items():
+            masks[name] = mask.roll(rank, 0)
+            weight = model.get_parameter(name)
+            weight.copy_(weight.roll(rank, 0))
+    engine = start(model, merged(BASE, zero(1), block()), mpu=ModelParallel())
+    found = sparse_comm.masks_of(engine.module)
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    losses = train(engine)
+    assert len(set(losses)) == len(losses)
+    folder = shared_folder()
+    engine.save_checkpoint(str(folder))
+    saved = sparse_comm.load_masks(folder / "global_step6" / "masks.safetensors")
+    assert len(saved) == 6
+    engine.load_checkpoint(str(folder))
+
+
+def test_model_parallel_ranks_have_masks_of_their_own():
+    run(_train_parts, 2)
