@@ -132,7 +132,7 @@ def compact_by(
             f"nothing of {', '.join(map(repr, empty[:3]))}{', …' if empty[3:] else ''} is "
             "unpruned: such a layer passes nothing on (global pruning of an untrained model does "
             "that; scope='layer' does not)",
-            stacklevel=2,
+            stacklevel=3,
         )
     # Nothing below refuses. Modules on the way to a compact one check a whole state dict before
     # torch, which goes down module by module, loads any of it.
