@@ -37,7 +37,7 @@ from tests.integrations.deepspeed.training import mask_gradients, shared_folder
 
 CASES: Cases = {}
 TIMEOUT = 250
-STAGES = (None, 0, 1, 2, 3)  # None: DDP
+STAGES = (None, 1, 3)  # None: DDP; ZeRO 0 and 2 are the same to Hugging Face as 1
 VOCABULARY = 96
 LENGTH = 16
 
@@ -151,7 +151,7 @@ def each(function: Callable[[int | None], None]) -> Callable[[int | None], None]
 
 
 @each
-def the_trainer_trains_as_masked_dense(stage: int | None) -> None:
+def the_trainer_trains_as_masked_dense_and_resumes(stage: int | None) -> None:
     model, masks, path = pruned()
     twin, _, _ = pruned()
     dense = trainer(mask_gradients(model, masks), stage, shared_folder(), None)
@@ -170,18 +170,10 @@ def the_trainer_trains_as_masked_dense(stage: int | None) -> None:
     assert not any(state[name][~mask].any() for name, mask in masks.items())
     saved = sparse_comm.load_masks(folder / "checkpoint-3" / "masks.safetensors")
     assert same_state(saved, dict(sorted(sparse_comm.masks_of(compact.model).items())))
-
-
-@each
-def the_trainer_resumes(stage: int | None) -> None:
-    model, _, path = pruned()
-    folder = shared_folder()
-    whole = trainer(model, stage, folder, path)
-    whole.train()
     again = trainer(pruned()[0], stage, folder, path)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    assert losses(again)[-3:] == losses(whole)[-3:]
-    transformers.integrations.unset_hf_deepspeed_config()
+    assert losses(again)[-3:] == losses(compact)[-3:]
+    forget_deepspeed()
 
 
 def accelerated(stage: int | None, dummy: bool, is_compact: bool) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,33 +12,32 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .rows import Losses, Refused, Rows, Train, by_deepspeed, row
+from .rows import Refused, Rows, Train, by_deepspeed, row
 from .training import (
     CLASSES,
     WIDTH,
     Config,
     block,
-    both,
+    engine_of,
     loss_of,
+    losses_of,
     mask_gradients,
     merged,
     mlp,
-    pair,
     pruned,
     start,
-    train,
     zero,
 )
 
 ROWS: Rows = {}
 
 
-def plain(config: Config, weights: str) -> Losses:
-    return both(pair(config, weights))
+def plain(config: Config, weights: str | None) -> list[float]:
+    return losses_of(engine_of(config, weights))
 
 
 def of(make: Callable[[], nn.Module]) -> Train:
-    return lambda config, weights: both(pair(config, weights, make))
+    return lambda config, weights: losses_of(engine_of(config, weights, make))
 
 
 # ---------------------------------------------------------------- precision
@@ -56,12 +54,12 @@ row(
 
 
 @row(ROWS, "fp16", where="if the machine has it", fp16={"enabled": True})
-def _(config: Config, weights: str) -> Losses:
+def _(config: Config, weights: str | None) -> list[float]:
     if get_accelerator().is_fp16_supported():
         return plain(config, weights)
     with pytest.raises(ValueError, match="no fp16"):
-        start(pruned()[0], merged(config, block(weights=weights)))
-    return [0.0], [0.0]
+        start(pruned()[0], merged(config, block()))
+    return [0.0]
 
 
 row(ROWS, "`torch_autocast`, bf16", torch_autocast={"enabled": True, "dtype": "bfloat16"})(plain)
@@ -70,13 +68,11 @@ row(ROWS, "`torch_autocast`, bf16", torch_autocast={"enabled": True, "dtype": "b
 
 
 @row(ROWS, "gradient accumulation", gradient_accumulation_steps=2)
-def _(config: Config, weights: str) -> Losses:
-    return both(pair(config, weights), accumulate=2)
+def _(config: Config, weights: str | None) -> list[float]:
+    return losses_of(engine_of(config, weights), accumulate=2)
 
 
-@row(ROWS, "`managed_gradient_accumulation: false`", managed_gradient_accumulation=False)
-def _(config: Config, weights: str) -> Losses:
-    return both(pair(config, weights))
+row(ROWS, "`managed_gradient_accumulation: false`", managed_gradient_accumulation=False)(plain)
 
 
 row(ROWS, "gradient clipping", 1e-6, gradient_clipping=0.05)(plain)
@@ -96,14 +92,11 @@ row(
 
 
 @row(ROWS, "`engine.no_sync()`", dict.fromkeys((2, 3), by_deepspeed("no_sync context manager")))
-def _(config: Config, weights: str) -> Losses:
-    found = []
-    for engine in pair(config, weights):
-        with engine.no_sync():
-            engine.backward(loss_of(engine, 50))
-        found.append(train(engine))
-        engine.destroy()
-    return found[0], found[1]
+def _(config: Config, weights: str | None) -> list[float]:
+    engine = engine_of(config, weights)
+    with engine.no_sync():
+        engine.backward(loss_of(engine, 50))
+    return losses_of(engine)
 
 
 # ---------------------------------------------------------------- optimizers and offloading
@@ -136,15 +129,7 @@ row(ROWS, "Adagrad", optimizer={"type": "Adagrad", "params": {"torch_adam": None
 
 def _with(arguments: Callable[[nn.Module], dict[str, Any]]) -> Train:
     """With arguments of ``initialize`` that are made from the dense model."""
-
-    def losses(config: Config, weights: str) -> Losses:
-        model, masks = pruned()
-        twin = copy.deepcopy(model)
-        dense = start(mask_gradients(model, masks), merged(config), **arguments(model))
-        changed = merged(config, block(weights=weights))
-        return both((dense, start(twin, changed, **arguments(twin))))
-
-    return losses
+    return lambda config, weights: losses_of(engine_of(config, weights, arguments=arguments))
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -234,11 +219,10 @@ row(ROWS, "frozen and unused parameters")(of(Partial))
 
 
 @row(ROWS, "`engine.compile()`")
-def _(config: Config, weights: str) -> Losses:
-    engines = pair(config, weights)
-    for engine in engines:
-        engine.compile(backend="aot_eager")
-    return both(engines, steps=3)
+def _(config: Config, weights: str | None) -> list[float]:
+    engine = engine_of(config, weights)
+    engine.compile(backend="aot_eager")
+    return losses_of(engine, steps=3)
 
 
 _ZERO_3 = dict.fromkeys((0, 1, 2), Refused("which is for ZeRO 3"))
@@ -246,24 +230,18 @@ _ZERO_3 = dict.fromkeys((0, 1, 2), Refused("which is for ZeRO 3"))
 
 @row(ROWS, "model built under `deepspeed.zero.Init`", _ZERO_3)
 @row(ROWS, "model built under `deepspeed.zero.Init`, bf16", _ZERO_3, bf16={"enabled": True})
-def _(config: Config, weights: str) -> Losses:
+def _(config: Config, weights: str | None) -> list[float]:
     model, masks = pruned()
-    engines: list[Any] = []
-    if config["zero_optimization"]["stage"] < 3:  # which DeepSpeed neither supports nor refuses
-        with deepspeed.zero.Init(config_dict_or_path=merged(config, zero(3))):
-            partitioned = mlp()
-        start(partitioned, merged(config, block(weights=weights)))
-    for changed in (merged(config), merged(config, block(weights=weights))):
-        with deepspeed.zero.Init(config_dict_or_path=changed):
-            partitioned = mlp()
-        for path, module in model.named_modules():
-            parameters = list(partitioned.get_submodule(path).parameters(recurse=False))
-            with deepspeed.zero.GatheredParameters(
-                parameters, modifier_rank=0, enabled=bool(parameters)
-            ):
-                for ours, theirs in zip(parameters, module.parameters(recurse=False), strict=True):
-                    ours.data.copy_(theirs)
-        if not engines:
-            mask_gradients(partitioned, masks)
-        engines.append(start(partitioned, changed))
-    return both((engines[0], engines[1]))
+    changed = merged(config, block(weights=weights) if weights else {})
+    with deepspeed.zero.Init(config_dict_or_path=merged(changed, zero(3))):
+        partitioned = mlp()
+    for path, module in model.named_modules():
+        parameters = list(partitioned.get_submodule(path).parameters(recurse=False))
+        with deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=0, enabled=bool(parameters)
+        ):
+            for ours, theirs in zip(parameters, module.parameters(recurse=False), strict=True):
+                ours.data.copy_(theirs)
+    if weights is None:
+        mask_gradients(partitioned, masks)
+    return losses_of(start(partitioned, changed))

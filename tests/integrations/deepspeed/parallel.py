@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sparse_comm
 from tests.compact.models import zero_pruned_
 
-from .rows import Losses, Refused, Rows, Train, by_deepspeed, row
+from .rows import Refused, Rows, Train, by_deepspeed, row
 from .training import (
     BASE,
     CLASSES,
@@ -85,15 +85,12 @@ _NO_ZERO_2 = dict.fromkeys((2, 3), Refused("DeepSpeed's pipelines go with 0 and 
 
 @row(PIPELINES, "pipeline, tied layers, bf16", _NO_ZERO_2, bf16={"enabled": True})
 @row(PIPELINES, "pipeline, tied layers", _NO_ZERO_2)
-def _(config: Config, weights: str) -> Losses:
-    found = []
+def _(config: Config, weights: str | None) -> list[float]:
     deepspeed.init_distributed()
-    refused = config["zero_optimization"]["stage"] > 1  # by DeepSpeed with less to read
-    for is_compact in (True,) if refused else (False, True):
-        engine = _pipeline_engine(config, weights if is_compact else None)
-        found.append(_train_batches(engine))
-        engine.destroy()
-    return found[0], found[1]
+    engine = _pipeline_engine(config, weights)
+    losses = _train_batches(engine)
+    engine.destroy()
+    return losses
 
 
 def _pipeline_engine(config: Config, weights: str | None) -> Any:
@@ -166,10 +163,7 @@ def mixture(ep_size: int) -> tuple[Mixture, dict[str, str]]:
 
 
 def _of_mixture(ep_size: int) -> Train:
-    return lambda config, weights: (
-        _mixture_losses(config, None, ep_size),
-        _mixture_losses(config, weights, ep_size),
-    )
+    return lambda config, weights: _mixture_losses(config, weights, ep_size)
 
 
 def _mixture_losses(config: Config, weights: str | None, ep_size: int) -> list[float]:

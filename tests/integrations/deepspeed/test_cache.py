@@ -24,6 +24,7 @@ from .training import (
     batch,
     block,
     dense_weights,
+    engine_of,
     loss_of,
     merged,
     pruned,
@@ -55,10 +56,6 @@ def each(
 
 def _with(function: Callable[[Config], None], config: Config) -> Case:
     return lambda rank, world_size: function(merged(config))
-
-
-def engine_of(config: Config, weights: str = "cached") -> Any:
-    return start(pruned()[0], merged(config, block(weights=weights)))
 
 
 def assert_fresh(engine: Any) -> None:
@@ -105,7 +102,7 @@ def after_the_start(config: Config) -> None:
 
 @each(0, 1, 2, 3)
 def after_a_step(config: Config) -> None:
-    engine = engine_of(config)
+    engine = engine_of(config, "cached")
     for seed in range(3):
         before = dense_weights(engine)
         engine.backward(loss_of(engine, seed))
@@ -116,7 +113,7 @@ def after_a_step(config: Config) -> None:
 
 @each(0, 1, 2, 3, gradient_accumulation_steps=2)
 def only_at_the_boundary_of_an_accumulation(config: Config) -> None:
-    engine = engine_of(config)
+    engine = engine_of(config, "cached")
     for seed in range(4):
         before = dense_weights(engine)
         engine.backward(loss_of(engine, seed))
@@ -129,7 +126,7 @@ def only_at_the_boundary_of_an_accumulation(config: Config) -> None:
 def after_a_step_that_overflowed(config: Config) -> None:
     if "bf16" not in config:
         return
-    engine = engine_of(merged(config, {"bf16": {"check_grad_overflow": True}}))
+    engine = engine_of(merged(config, {"bf16": {"check_grad_overflow": True}}), "cached")
     train(engine, 1)
     before = dense_weights(engine)
     engine.backward(loss_of(engine, 1) * float("inf"))
@@ -145,12 +142,12 @@ def after_a_step_that_overflowed(config: Config) -> None:
 
 @each(0, 1, 2, 3)
 def after_a_checkpoint(config: Config) -> None:
-    engine = engine_of(config)
+    engine = engine_of(config, "cached")
     folder = str(shared_folder())
     engine.save_checkpoint(folder)
     before = dense_weights(engine)
     train(engine, 2)
-    other = engine_of(config)
+    other = engine_of(config, "cached")
     train(other, 1)
     use(other)
     other.load_checkpoint(folder)
@@ -164,7 +161,7 @@ def after_writes_to_masters(config: Config) -> None:
 
     In ZeRO 3 it fails on parameters whose size the number of ranks does not divide.
     """
-    engine = engine_of(config)
+    engine = engine_of(config, "cached")
     train(engine, 1)
     values = engine.module[0]._parameters["weight"]
     masters = safe_get_full_fp32_param(values)
@@ -194,7 +191,7 @@ def after_gathered_writes(config: Config) -> None:
 
 @each(0, 1, 2)
 def after_writes_through_data_that_are_told(config: Config) -> None:
-    engine = engine_of(config)
+    engine = engine_of(config, "cached")
     use(engine)
     engine.module[0]._parameters["weight"].data.fill_(3.0)
     sparse_comm.values_changed(engine.module)
@@ -205,7 +202,7 @@ def after_writes_through_data_that_are_told(config: Config) -> None:
 def no_cache_is_kept_of_partitioned_values(rank: int, world_size: int) -> None:
     config = merged(BASE, zero(3))
     with pytest.warns(UserWarning, match="unsharded: 0 MB in 16 bits"):
-        engine = engine_of(config)
+        engine = engine_of(config, "cached")
     train(engine, 1)
     engine.module.to("cpu")
     assert all(slot.cache is None for _, _, _, slot in compact_slots(engine.module))

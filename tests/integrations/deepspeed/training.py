@@ -96,14 +96,20 @@ def start(model: nn.Module, config: Config, **arguments: Any) -> Any:
     return sparse_deepspeed.initialize(model=model, config=config, **arguments)[0]
 
 
-def pair(
-    config: Config, weights: str = "cached", make: Callable[[], nn.Module] = mlp
-) -> tuple[Any, Any]:
-    """(masked dense engine, compact engine) of equal models."""
+def engine_of(
+    config: Config,
+    weights: str | None,
+    make: Callable[[], nn.Module] = mlp,
+    arguments: Callable[[nn.Module], dict[str, Any]] = lambda model: {},
+) -> Any:
+    """A masked dense engine (``weights=None``), or a compact one, of the same model each time.
+
+    ``arguments``: more of those of ``initialize``, made from the dense model.
+    """
     model, masks = pruned(make)
-    twin = copy.deepcopy(model)
-    dense = start(mask_gradients(model, masks), merged(config))
-    return dense, start(twin, merged(config, block(weights=weights)))
+    if weights is None:
+        return start(mask_gradients(model, masks), merged(config), **arguments(model))
+    return start(model, merged(config, block(weights=weights)), **arguments(model))
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,7 @@ def loss_of(engine: Any, seed: int) -> Tensor:
     return F.cross_entropy(engine(x.to(_input_dtype(engine))).float(), y)
 
 
-def train(engine: Any, steps: int = 6, accumulate: int = 1, first: int = 0) -> list[float]:
+def train(engine: Any, steps: int = 5, accumulate: int = 1, first: int = 0) -> list[float]:
     """Losses of some steps, and one after the last."""
     losses = []
     for seed in range(first, first + steps * accumulate):
@@ -140,14 +146,6 @@ def train(engine: Any, steps: int = 6, accumulate: int = 1, first: int = 0) -> l
     return losses
 
 
-def both(engines: tuple[Any, Any], **options: Any) -> tuple[list[float], list[float]]:
-    """Losses of the dense and of the compact engine, which are then destroyed."""
-    dense, compact = (train(engine, **options) for engine in engines)
-    for engine in engines:
-        engine.destroy()
-    return dense, compact
-
-
 def on_first(function: Callable[[], Any]) -> None:
     """Run something on rank 0; the others wait, and fail with it."""
     on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)
@@ -159,6 +157,13 @@ def shared_folder() -> Path:
     dist.broadcast_object_list(made)
     assert made[0] is not None
     return Path(made[0])
+
+
+def losses_of(engine: Any, **options: Any) -> list[float]:
+    """``train``, after which the engine is destroyed."""
+    losses = train(engine, **options)
+    engine.destroy()
+    return losses
 
 
 def dense_weights(engine: Any) -> dict[str, Tensor]:
