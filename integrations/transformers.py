@@ -23,6 +23,7 @@ from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_file import load_patterns
 from sparse_comm.mask_sync import on_all_ranks
 from sparse_comm.masks import masks_from_torch_prune, masks_from_zeros
+from sparse_comm.pattern import SparsityPattern
 
 from .report import FirstStep
 
@@ -30,6 +31,7 @@ __all__ = ["SparseCommCallback", "load_compact", "prepare", "save_compact"]
 
 MASKS = "masks.safetensors"
 VALUES = "values.safetensors"
+Patterns = Mapping[str, SparsityPattern]
 Masks = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
@@ -70,12 +72,29 @@ class SparseCommCallback(TrainerCallback):
         model = kwargs["model"]
         if is_compact(model):
             return
+        plugin = getattr(args, "deepspeed_plugin", None)  # also of `accelerate launch`
         config = args.hf_deepspeed_config.config if args.deepspeed else None
+        if config is None and plugin is not None:
+            config = plugin.deepspeed_config
         _make_compact(model, config, self._masks, self._weights, self._compute_dtype)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model was wrapped, and perhaps loaded."""
-        values_changed(kwargs["model"])
+        """The model was wrapped, and perhaps loaded.
+
+        Raises:
+            ValueError: it is dense, or the run resumes from a checkpoint with other masks.
+        """
+        model = kwargs["model"]
+        if not is_compact(model):
+            raise ValueError(
+                "the Trainer's model is not compact: give SparseCommCallback to "
+                "Trainer(callbacks=…) rather than to add_callback, and a model rather than a "
+                "model_init, which makes another one"
+            )
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / MASKS
+        if saved.exists():
+            on_all_ranks(lambda: _check_same(load_patterns(saved), patterns_of(model), saved))
+        values_changed(model)
         if args.world_size > 1 and self._first_step is None:
             self._first_step = FirstStep(kwargs["model"], lambda parameter: parameter.dtype)
 
@@ -149,6 +168,7 @@ def prepare(
         for dummy in dummies:
             dummy.params = listed(dummy.params)
             put_in(dummy.params, changes)
+        changes.clear()  # or the dense parameters would live on
         prepared = accelerator.prepare(*objects)
         for each in prepared if isinstance(prepared, tuple) else (prepared,):
             if isinstance(each, DeepSpeedEngine):
@@ -198,6 +218,15 @@ def _make_compact(
     return make_compact(config, block, model, optimizer)
 
 
+def _check_same(saved: Patterns, own: Patterns, path: Path) -> None:
+    for name, pattern in own.items():
+        if name not in saved or saved[name].digest() != pattern.digest():
+            raise ValueError(
+                f"the run resumes from a checkpoint that has another mask for {name!r} than the "
+                f"model: give the callback its masks, {str(path)!r}"
+            )
+
+
 def _found(masks: Masks, model: nn.Module) -> Mapping[str, Any]:
     if isinstance(masks, Mapping):
         return masks
@@ -231,6 +260,7 @@ def save_compact(model: Any, folder: str | os.PathLike[str]) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
     model.config.save_pretrained(path)
     save_masks(patterns_of(model), path / MASKS)
     safetensors.torch.save_model(model, str(path / VALUES))
@@ -261,6 +291,7 @@ def load_compact(folder: str | os.PathLike[str], weights: Mode = "cached") -> An
             f"{str(path)!r} holds a {name}, which transformers has not: make the model, compact it "
             f"with sparse_comm.load_masks(…/{MASKS}) and load {VALUES} with safetensors"
         )
-    model = compact(model_class(config), load_patterns(path / MASKS), weights)
+    made = model_class(config).to(config.dtype or torch.float32)
+    model = compact(made, load_patterns(path / MASKS), weights)
     safetensors.torch.load_model(model, str(path / VALUES))
     return model

@@ -11,7 +11,7 @@ import deepspeed
 
 from sparse_comm.compact.slot import MODES, Mode
 
-__all__ = ["BLOCK", "NOT_A_PATH", "Block", "read_block", "whole_config"]
+__all__ = ["BLOCK", "NOT_A_PATH", "Block", "mentions_block", "read_block", "whole_config"]
 
 BLOCK = "sparse_comm"
 # Values of ``masks`` that are no path to a file.
@@ -54,10 +54,9 @@ def read_block(config: Mapping[str, Any]) -> Block | None:
             nearest that is.
     """
     if BLOCK not in config:
-        near = difflib.get_close_matches(BLOCK, list(config), n=1, cutoff=0.8)
-        if near:
+        if other := _misspelt(config):
             raise ValueError(
-                f"the DeepSpeed config has a block {near[0]!r}, which nothing reads: do you mean "
+                f"the DeepSpeed config has a block {other!r}, which nothing reads: do you mean "
                 f"{BLOCK!r}?"
             )
         return None
@@ -87,6 +86,15 @@ def read_block(config: Mapping[str, Any]) -> Block | None:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise _wrong(f"'weights' must be 'cached' or 'transient', got {weights!r}{hint}")
     return Block(masks, weights)
+
+
+def mentions_block(config: Mapping[str, Any]) -> bool:
+    """Whether the config has the block, or what may be meant to be it."""
+    return BLOCK in config or _misspelt(config) is not None
+
+
+def _misspelt(config: Mapping[str, Any]) -> str | None:
+    return next(iter(difflib.get_close_matches(BLOCK, list(config), n=1, cutoff=0.8)), None)
 
 
 def _wrong(what: str) -> ValueError:

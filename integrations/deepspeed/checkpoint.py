@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 MASKS = "masks.safetensors"
+ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq", "step")  # what DeepSpeed's universal format holds
 Patterns = dict[str, SparsityPattern]
 
 
@@ -116,11 +117,17 @@ def dense_state_dict_of(
 
     Raises:
         FileNotFoundError: no such checkpoint, or it is not compact.
+        ValueError: it is of a pipeline or of experts.
 
     Source: ours.
     """
     folder = folder_of(source, tag)
     patterns = _masks_in(folder)
+    if any(folder.glob("layer_*")):
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of a pipeline or of experts, whose weights lie in "
+            "files of their own: load it into a compact engine, and take engine.save_16bit_model"
+        )
     found: dict[str, Tensor] = {}
     states = folder / "mp_rank_00_model_states.pt"
     if states.exists():  # not in ZeRO 3
@@ -128,28 +135,35 @@ def dense_state_dict_of(
     if any(folder.glob("*_optim_states.pt")):  # masters in fp32, of what is trained
         with _quiet():
             found.update(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name))
+    # A tied parameter has one mask, under one of its names.
+    tied = {found[name].data_ptr(): pattern for name, pattern in patterns.items() if name in found}
     dense = {}
     for name, tensor in found.items():
-        if not name.endswith("_extra_state"):
-            whole = tensor.float() if tensor.is_floating_point() else tensor
-            dense[name] = expand_state(whole, patterns[name]) if name in patterns else whole
+        if name.endswith("_extra_state"):
+            continue
+        whole = tensor.float() if tensor.is_floating_point() else tensor
+        pattern = patterns.get(name) or tied.get(tensor.data_ptr())
+        if pattern is not None and tuple(whole.shape) == (pattern.nnz,):
+            whole = expand_state(whole, pattern)
+        dense[name] = whole
     return dense
 
 
-def folder_of(source: str | os.PathLike[str], tag: str | None) -> Path:
-    """The folder of a checkpoint.
+def folder_of(source: str | os.PathLike[str], tag: str | None, universal: bool = False) -> Path:
+    """The folder of a checkpoint; ``universal``: as an engine that loads such ones chooses.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if tag is None:
-        for latest in ("latest", "latest_universal"):
+        names = ("latest_universal",) if universal else ("latest", "latest_universal")
+        for latest in names:
             with contextlib.suppress(FileNotFoundError):
                 tag = (Path(source) / latest).read_text().strip()
                 break
         else:
             raise FileNotFoundError(
-                f"{str(source)!r} has no file 'latest' that names a checkpoint: give its tag"
+                f"{str(source)!r} has no file {names[0]!r} that names a checkpoint: give its tag"
             )
     folder = Path(source) / str(tag)
     if not folder.is_dir():
@@ -198,8 +212,15 @@ def _translated(
             shutil.copytree(folder, draft)
             (draft / MASKS).unlink(missing_ok=True)
         else:
-            with _quiet():
-                ds_to_universal(_arguments(folder, draft))
+            try:
+                with _quiet():
+                    ds_to_universal(_arguments(folder, draft))
+            except KeyError as error:
+                raise ValueError(
+                    f"{str(folder)!r} has no {error} of its optimizer: only the state of Adam and "
+                    "AdamW can be translated; take the weights alone (dense_state_dict_of, or "
+                    "load_optimizer_states=False)"
+                ) from error
         frozen = _frozen(folder)
         for name, pattern in patterns.items():
             if (draft / "zero" / name).is_dir():
@@ -221,14 +242,22 @@ def _translate(
     folder: Path, pattern: SparsityPattern, translate: Callable[[Tensor, SparsityPattern], Tensor]
 ) -> None:
     for file in folder.glob("*.pt"):
+        if file.stem not in ADAM_STATES:
+            raise ValueError(
+                f"the checkpoint keeps {file.stem!r} of {folder.name!r}: only the state of Adam "
+                "and AdamW can be translated; take the weights alone (dense_state_dict_of, or "
+                "load_optimizer_states=False)"
+            )
         held: Any = torch.load(file, map_location="cpu", weights_only=False)
         state = held.get(PARAM) if isinstance(held, dict) else held  # bare in ZeRO 3
         if not isinstance(state, Tensor) or state.dim() == 0:  # the number of steps
             continue
-        if state.numel() not in (pattern.numel, pattern.nnz):
+        expected = pattern.numel if translate is pack_state else pattern.nnz
+        if state.numel() != expected:
             raise ValueError(
-                f"{folder.name!r} has {state.numel()} entries in the checkpoint, its mask "
-                f"{pattern.numel}: they are of another model"
+                f"{folder.name!r} has {state.numel()} entries in the checkpoint, by its mask "
+                f"{expected}: the masks are of another model, or the checkpoint is "
+                f"{'compact' if translate is pack_state else 'dense'}"
             )
         state = translate(state, pattern)
         torch.save({**held, PARAM: state} if isinstance(held, dict) else state, file)

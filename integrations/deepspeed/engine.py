@@ -24,7 +24,7 @@ from .partitioned import drop_caches
 from .pipeline import share_values
 from .refuse import check_version
 
-__all__ = ["gradient_bytes", "watch"]
+__all__ = ["follow", "gradient_bytes", "watch"]
 
 Engine = Any  # DeepSpeedEngine, which has no types
 
@@ -48,14 +48,20 @@ def watch(engine: Engine) -> Engine:
     Source: ours.
     """
     check_version()
-    model = engine.module
-    if not is_compact(model) and not _is_part(engine):
+    parts = engine.pipeline_parallelism or engine.has_moe_layers  # this rank's may have no mask
+    if not is_compact(engine.module) and not parts:
         raise ValueError(
             "the engine's model is not compact: call sparse_comm.compact(model, masks) before "
             "deepspeed.initialize, or use initialize of this module, which does both"
         )
+    return follow(engine)
+
+
+def follow(engine: Engine) -> Engine:
+    """``watch``, of an engine that is known to be fit for it."""
     if isinstance(engine, CompactEngine):
         return engine
+    model = engine.module
     if engine.zero_optimization_partition_weights():
         drop_caches(model)
     share_values(model)
@@ -66,14 +72,14 @@ def watch(engine: Engine) -> Engine:
 
 
 def gradient_bytes(engine: Engine) -> dict[str, int] | None:
-    """Bytes of gradients that one backward pass of this rank reduced: dense, and as sent.
+    """Bytes of gradients that one backward pass of this rank handed to the reduction.
 
     Args:
         engine: of ``initialize``.
 
     Returns:
-        ``{"dense": …, "sent": …}`` in the dtype in which DeepSpeed communicates; None before the
-        first step.
+        ``{"dense": …, "sent": …}``: of the dense parameters, and as they are; in the dtype in
+        which DeepSpeed communicates. None before the first step.
 
     Source: ours.
     """
@@ -125,8 +131,3 @@ def _wire_dtype(engine: Engine) -> Callable[[Tensor], torch.dtype]:
         return get_comm_dtype
     dtype: torch.dtype = engine.communication_data_type
     return lambda parameter: dtype
-
-
-def _is_part(engine: Engine) -> bool:
-    """Whether the model is a stage of a pipeline, which may have no masked parameter."""
-    return bool(engine.pipeline_parallelism)

@@ -45,7 +45,9 @@ class Checkpoints:
         """As DeepSpeed's, with the masks of the whole model beside the states."""
         name = str(tag) if tag is not None else f"global_step{self.global_steps}"  # type: ignore[attr-defined]
         whole = _of_all_ranks(_patterns(self))
-        on_all_ranks(lambda: _write_masks(whole, Path(save_dir) / name))
+        engine: Any = self
+        rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
+        on_all_ranks(lambda: _write_masks(whole, Path(save_dir) / name, rank == 0))
         return super().save_checkpoint(  # type: ignore[misc]
             save_dir,
             tag=tag,
@@ -61,9 +63,17 @@ class Checkpoints:
             ValueError: the checkpoint has other masks; nothing was loaded.
         """
         try:
-            folder = _existing(load_dir, tag)
-            if folder is None or on_all_ranks(lambda: _is_compact(folder, _patterns(self))):
+            universal = self.load_universal_checkpoint()  # type: ignore[attr-defined]
+            folder, is_compact = _agreed(
+                on_all_ranks(lambda: _kind(load_dir, tag, universal, _patterns(self)))
+            )
+            if folder is None or is_compact:
                 return super().load_checkpoint(load_dir, tag, *args, **kwargs)  # type: ignore[misc]
+            if universal:
+                raise ValueError(
+                    f"{str(folder)!r} is a dense universal checkpoint: make it compact with "
+                    "pack_checkpoint, and load that"
+                )
             return self._load_dense(folder, *args, **kwargs)
         finally:
             values_changed(self.module)
@@ -108,6 +118,8 @@ class Checkpoints:
     ) -> Any:
         """Weights, which the model packs, and then the optimizer's state by way of the disk."""
         engine: Any = self
+        if load_optimizer_states and not load_module_only:
+            _check_states(engine, folder)
         self.__dict__["_sparse_comm_loads_dense"] = True
         try:
             loaded, client = super().load_checkpoint(  # type: ignore[misc]
@@ -128,18 +140,15 @@ class Checkpoints:
             self._load_dense_states(folder)
         elif state is not None:
             engine.optimizer.load_state_dict(_packed(state, _groups(engine)))
-        else:
-            raise ValueError(
-                f"the dense checkpoint {str(folder)!r} keeps its optimizer's state by experts, "
-                "which cannot be packed: load_checkpoint(…, load_optimizer_states=False)"
-            )
         return loaded, client
 
     def _load_dense_states(self, folder: Path) -> None:
         engine: Any = self
         whole = _of_all_ranks(_patterns(engine))
         is_first = engine.global_rank == 0
-        made = tempfile.mkdtemp(prefix=".sparse_comm-", dir=folder.parent) if is_first else ""
+        made = on_all_ranks(
+            lambda: tempfile.mkdtemp(prefix=".sparse_comm-", dir=folder.parent) if is_first else ""
+        )
         draft = Path(gather(made)[0])
         try:
             on_all_ranks(lambda: _pack_on_first(whole, folder, draft))
@@ -179,7 +188,10 @@ def _groups(engine: Any) -> list[list[SparsityPattern | None]]:
 
 
 def _of_all_ranks(mine: Patterns) -> Patterns:
-    """Those of the whole model, on rank 0; each from the first rank that has it. A collective."""
+    """Those of the whole model, as rank 0 knows it; each from the first rank that has it.
+
+    A collective. Other ranks know their own, and those that rank 0 has not.
+    """
     names = gather(list(mine))
     rank = _rank()
     elsewhere = {name for held in names[:rank] for name in held}
@@ -194,25 +206,26 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _write_masks(whole: Patterns, folder: Path) -> None:
-    if _rank() == 0:
+def _write_masks(whole: Patterns, folder: Path, is_writer: bool) -> None:
+    if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         save_masks(whole, folder / MASKS)
 
 
-def _existing(load_dir: Any, tag: Any) -> Path | None:
-    """The folder of the checkpoint; None if DeepSpeed is to say that there is none."""
+def _kind(load_dir: Any, tag: Any, universal: bool, patterns: Patterns) -> tuple[Path | None, bool]:
+    """The folder of a checkpoint, and whether it is compact; None if DeepSpeed is to complain.
+
+    Raises:
+        ValueError: it has other masks, or has lost them.
+    """
     try:
-        return folder_of(load_dir, tag)
+        folder = folder_of(load_dir, tag, universal)
     except FileNotFoundError:
-        return None
-
-
-def _is_compact(folder: Path, patterns: Patterns) -> bool:
-    """Whether a checkpoint is; refuses one that has other masks."""
+        return None, True
     path = folder / MASKS
     if not path.exists():
-        return False
+        _refuse_lost_masks(folder, patterns)
+        return folder, False
     saved = load_patterns(path)
     for name, pattern in patterns.items():
         if name not in saved:
@@ -224,7 +237,53 @@ def _is_compact(folder: Path, patterns: Patterns) -> bool:
                 f"engine with the masks of the checkpoint, 'masks': {str(path)!r}, or expand the "
                 "checkpoint (expand_checkpoint) and load it as a dense one"
             )
-    return True
+    return folder, True
+
+
+def _refuse_lost_masks(folder: Path, patterns: Patterns) -> None:
+    """Refuse a compact checkpoint without its masks: its 1-D values are no dense weights."""
+    for file in sorted(folder.glob("*model_states.pt")):
+        state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        module = state.get("module") or {}
+        shapes = {name: tuple(t.shape) for name, t in module.items() if isinstance(t, Tensor)}
+        for group in state.get("param_shapes") or ():  # ZeRO 3 leaves placeholders in the module
+            shapes |= {name: tuple(shape) for name, shape in group.items()}
+        for name, pattern in patterns.items():
+            if len(pattern.shape) > 1 and shapes.get(name) == (pattern.nnz,):
+                raise ValueError(
+                    f"{str(folder)!r} holds the values of {name!r}, but not the masks that go with "
+                    f"them: copy {MASKS} of the checkpoint, too"
+                )
+
+
+def _agreed(kind: tuple[Path | None, bool]) -> tuple[Path | None, bool]:
+    """What all ranks found. A collective."""
+    kinds = gather((kind[0] is None, kind[1]))
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "the ranks see different checkpoints: "
+            + "; ".join(
+                f"rank {rank}: {'none' if absent else 'compact' if is_compact else 'dense'}"
+                for rank, (absent, is_compact) in enumerate(kinds)
+            )
+        )
+    return kind
+
+
+def _check_states(engine: Any, folder: Path) -> None:
+    """Refuse, before anything is loaded, a dense checkpoint whose optimizer cannot be packed."""
+    weights = "load the weights alone: load_checkpoint(…, load_optimizer_states=False)"
+    if engine.has_moe_layers:
+        raise ValueError(
+            f"the dense checkpoint {str(folder)!r} keeps its optimizer's state by experts, which "
+            f"cannot be packed; {weights}"
+        )
+    name = type(engine.basic_optimizer).__name__
+    if engine.zero_optimization() and "Adam" not in name:
+        raise ValueError(
+            f"the optimizer is {name}, and of a dense checkpoint of ZeRO only the state of Adam "
+            f"and AdamW can be packed; {weights}"
+        )
 
 
 def _packed(state: dict[str, Any], groups: list[list[SparsityPattern | None]]) -> dict[str, Any]:

@@ -37,16 +37,15 @@ def agreed_patterns(block: Block, model: nn.Module, mpu: Any = None) -> Patterns
             fits no parameter, or not its shape; ranks that differ. All ranks raise, those that
             have no fault of their own a RuntimeError or the same.
     """
-    there = on_all_ranks(lambda: global_names(model, mpu))
-    here = {name: local for local, name in there.items()}
     if block.masks in NOT_A_PATH:
-        found = _SOURCES[block.masks](model)
-        patterns = on_all_ranks(lambda: _as_patterns(found))
+        found = _SOURCES[block.masks](model)  # which may give parameters their names back
+        there = on_all_ranks(lambda: global_names(model, mpu))
+        patterns = on_all_ranks(lambda: _as_patterns(found, there))
     else:
+        there = on_all_ranks(lambda: global_names(model, mpu))
         given = on_all_ranks(lambda: _from_file(block.masks))
-        _refuse_unknown(given, here)
-        patterns = {here[name]: pattern for name, pattern in given.items() if name in here}
-        on_all_ranks(lambda: _check_shapes(patterns, model))
+        _refuse_unknown(given, there, model)
+        patterns = on_all_ranks(lambda: _fitting(given, there, model))
     digests = {
         name: patterns[local].digest() if local in patterns else None
         for local, name in there.items()
@@ -74,7 +73,9 @@ def _from_file(path: str) -> Patterns:
 
 
 def _from_zeros(model: nn.Module) -> dict[str, Tensor]:
-    return masks_from_zeros_by(model, whole)
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        return masks_from_zeros_by(model, whole)  # a collective, which fails on all alike
+    return on_all_ranks(lambda: masks_from_zeros_by(model, whole))
 
 
 def _from_torch_prune(model: nn.Module) -> dict[str, Tensor]:
@@ -121,22 +122,39 @@ _SOURCES: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {
 }
 
 
-def _as_patterns(masks: Mapping[str, Tensor]) -> Patterns:
+def _as_patterns(masks: Mapping[str, Tensor], there: Mapping[str, str]) -> Patterns:
+    for name in masks:
+        if name not in there:
+            raise ValueError(unknown_name(name, list(there), "parameter"))
     return {name: SparsityPattern(mask) for name, mask in masks.items()}
 
 
-def _check_shapes(patterns: Patterns, model: nn.Module) -> None:
-    parameters = dict(model.named_parameters())
-    access = PartitionedAccess()
-    for name, pattern in patterns.items():
-        pattern_for(name, pattern, access.shape(parameters[name]))
+def _fitting(given: Patterns, there: Mapping[str, str], model: nn.Module) -> Patterns:
+    """Those of this rank's parameters, by their names here; tied ones may go by any name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    shape = PartitionedAccess().shape
+    patterns: Patterns = {}
+    for local, parameter in parameters.items():
+        pattern = given.get(there.get(local, local))
+        if pattern is None:
+            continue
+        pattern = pattern_for(local, pattern, shape(parameter))
+        name = first[id(parameter)]
+        if patterns.setdefault(name, pattern) != pattern:
+            raise ValueError(
+                f"parameter {local!r} is tied to {name!r}, but their masks differ: give one mask, "
+                "or the same for both"
+            )
+    return patterns
 
 
-def _refuse_unknown(names: Iterable[str], here: Mapping[str, str]) -> None:
+def _refuse_unknown(names: Iterable[str], there: Mapping[str, str], model: nn.Module) -> None:
     """Refuse masks for parameters that no rank has. A collective."""
+    here = {there.get(n, n) for n, _ in model.named_parameters(remove_duplicate=False)}
     unknown = [name for name in names if name not in here]
-    gathered = gather((unknown, list(here)))
+    gathered = gather((unknown, list(there.values())))
     known = {name: None for _, held in gathered for name in held}  # a set that keeps its order
     for name in (name for missing, _ in gathered for name in missing):
-        if name not in known:
+        if all(name in missing for missing, _ in gathered):
             raise ValueError(unknown_name(name, list(known), "parameter"))

@@ -43,7 +43,7 @@ def join_expert_groups(model: nn.Module, config: dict[str, Any], mpu: Any) -> No
 
 
 def global_names(model: nn.Module, mpu: Any) -> dict[str, str]:
-    """Name in the whole model of each parameter, by its name on this rank.
+    """Name in the whole model of each parameter, by its name on this rank; tied ones once.
 
     Parameters that a client's ``mpu`` splits over model-parallel ranks have the rank in their
     name: each holds another piece.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import gc
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import deepspeed
@@ -15,11 +16,13 @@ from torch import nn
 
 from sparse_comm.compact.convert import compact_by, densify
 from sparse_comm.compact.optimizer import Change
-from sparse_comm.mask_sync import on_all_ranks
+from sparse_comm.compact.validate import choose, parameter_places
+from sparse_comm.compact.watch import REPLACED, refuse_matrix_optimizer
+from sparse_comm.mask_sync import gather, on_all_ranks
 
 from .autocast import note_lower_precision
-from .block import Block, read_block, whole_config
-from .engine import watch
+from .block import Block, mentions_block, read_block, whole_config
+from .engine import follow
 from .masks import agreed_patterns
 from .names import join_expert_groups
 from .partitioned import PartitionedAccess, drop_caches, is_partitioned
@@ -94,26 +97,36 @@ def initialize(
         "config_params": config_params,
     }
     whole = whole_config(args, config, config_params)
-    block = None if whole is None else read_block(whole)
-    if block is None or whole is None or model is None:
+    if whole is None or model is None or not mentions_block(whole):
         return deepspeed.initialize(**given)
     deepspeed.init_distributed(
         dist_backend=deepspeed.get_accelerator().communication_backend_name(),
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
+    # As the engine will: collectives before it are to run on this rank's device.
+    deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    block = on_all_ranks(lambda: read_block(whole))
+    # The file of masks may lie elsewhere on each machine; the masks themselves are compared later.
+    if len(set(gather(block and (block.enabled, block.weights)))) > 1:
+        raise ValueError("the blocks 'sparse_comm' of the ranks' configs differ")
+    if block is None:
+        return deepspeed.initialize(**given)
     if model_parameters is not None:
         given["model_parameters"] = model_parameters = listed(model_parameters)
     changes = make_compact(whole, block, model, optimizer, mpu)
     if model_parameters is not None:
         put_in(model_parameters, changes)
+        on_all_ranks(lambda: refuse_replaced(model_parameters))
+    if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+        given["optimizer"] = _checked(optimizer)
     changes.clear()  # or the dense parameters would live as long as this call
     try:
         engine, *others = deepspeed.initialize(**given)
     except BaseException:
         _restore(model, optimizer)
         raise
-    return watch(engine), *others
+    return follow(engine), *others
 
 
 def make_compact(
@@ -132,7 +145,8 @@ def make_compact(
         The parameters that were replaced.
 
     Raises:
-        Exception: as ``initialize``, on every rank; the model is then as it was.
+        Exception: as ``initialize``, on every rank; the model is then as it was, but for pruning of
+            ``torch.nn.utils.prune`` that was made permanent.
     """
     on_all_ranks(lambda: _check(config, model, optimizer))
     stage = zero_stage(config)
@@ -147,11 +161,13 @@ def make_compact(
             "the default there, keeps none",
             stacklevel=3,
         )
+    access = PartitionedAccess()
+    on_all_ranks(lambda: choose(parameter_places(model), patterns, access.shape))
     note_lower_precision(config, model)
     partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
     client = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     changes: list[Change] = []
-    compact_by(model, patterns, weights, None, client, PartitionedAccess(), changes)
+    compact_by(model, patterns, weights, None, client, access, changes)
     if stage == 3:
         drop_caches(model)
     if partitioned:
@@ -166,18 +182,38 @@ def _check(config: dict[str, Any], model: nn.Module, optimizer: Any) -> None:
 
 def _restore(model: nn.Module, optimizer: Any) -> None:
     """Make the model dense again, for another try, after DeepSpeed has refused it."""
-    if not any(is_partitioned(parameter) for parameter in model.parameters()):
-        client = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-        with contextlib.suppress(ValueError, TypeError):  # the reason is raised, not this
-            densify(model, client)
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        return
+    try:
+        densify(model, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
+    except (ValueError, TypeError):  # DeepSpeed has put its own tensors into the optimizer
+        densify(model)
+
+
+def _checked(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``make``, whose optimizer is refused if it would not train the compact parameters."""
+
+    @functools.wraps(make, assigned=("__name__", "__doc__"))
+    def made(parameters: Any) -> Any:
+        optimizer = make(parameters)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            refuse_matrix_optimizer(optimizer)
+            refuse_replaced(optimizer.param_groups)
+        return optimizer
+
+    return made
 
 
 def listed(model_parameters: Iterable[Any]) -> list[Any]:
     """Parameters, or groups of them, in lists to be changed; the caller's stay as they are."""
     return [
-        {**item, "params": list(item["params"])} if isinstance(item, dict) else item
+        {**item, "params": _group(item["params"])} if isinstance(item, dict) else item
         for item in model_parameters
     ]
+
+
+def _group(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
 def put_in(items: list[Any], changes: list[Change]) -> None:
@@ -185,6 +221,26 @@ def put_in(items: list[Any], changes: list[Change]) -> None:
     new = {id(change.old): change.new for change in changes}
     for at, item in enumerate(items):
         if isinstance(item, dict):
-            item["params"] = [new.get(id(p), p) for p in item["params"]]
+            put_in(item["params"], changes)
+        elif isinstance(item, tuple):  # (name, parameter)
+            items[at] = (item[0], new.get(id(item[1]), item[1]))
         else:
             items[at] = new.get(id(item), item)
+
+
+def refuse_replaced(items: Iterable[Any]) -> None:
+    """Refuse parameters that belong to no model any more, and would train nothing.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for item in items:
+        if isinstance(item, dict):
+            refuse_replaced(_group(item["params"]))
+            continue
+        parameter = item[1] if isinstance(item, tuple) else item
+        if (name := getattr(parameter, REPLACED, None)) is not None:
+            raise ValueError(
+                f"the optimizer is to train the parameter {name!r} as it was before sparse_comm "
+                "replaced it: list the model's parameters anew, right before initialize"
+            )

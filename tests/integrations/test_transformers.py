@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
 import sparse_comm
-from tests.compact.models import random_masks, same_state, zero_pruned_
+from tests.compact.models import random_masks, same_nnz_masks, same_state, zero_pruned_
 from tests.integrations.cases import Cases, case, passed
 from tests.integrations.deepspeed.training import mask_gradients, shared_folder
 
@@ -287,6 +287,7 @@ def the_compact_model_is_saved_and_loaded(rank: int, world_size: int) -> None:
 
 @case(CASES)
 def what_is_missing_is_said(rank: int, world_size: int) -> None:
+    forget_deepspeed()
     folder = shared_folder()
     model, _, path = pruned()
     for stage, masks, block, said in (
@@ -300,12 +301,57 @@ def what_is_missing_is_said(rank: int, world_size: int) -> None:
         )
         with pytest.raises(ValueError, match=re.escape(said)):
             Trainer(model, arguments, callbacks=[SparseCommCallback(masks)])
-        transformers.integrations.unset_hf_deepspeed_config()
+        forget_deepspeed()
     assert not sparse_comm.is_compact(model)
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[])
     gone = "gone.safetensors" if rank else path
     with pytest.raises((FileNotFoundError, RuntimeError), match="gone"):
         Trainer(model, arguments, callbacks=[SparseCommCallback(gone)])
+
+
+@case(CASES)
+def a_trainer_that_would_train_dense_is_refused(rank: int, world_size: int) -> None:
+    forget_deepspeed()
+    model, _, path = pruned()
+    late = trainer(model, None, shared_folder(), None)
+    late.add_callback(SparseCommCallback(path))
+    with pytest.raises(ValueError, match="the Trainer's model is not compact"):
+        late.train()
+    arguments = TrainingArguments(str(shared_folder()), use_cpu=True, max_steps=1, report_to=[])
+    again = Trainer(
+        model_init=lambda: pruned()[0],
+        args=arguments,
+        train_dataset=Text(),
+        callbacks=[SparseCommCallback(path)],
+    )
+    with pytest.raises(ValueError, match="rather than a model_init"):
+        again.train()
+
+
+@case(CASES)
+def a_checkpoint_with_other_masks_is_refused(rank: int, world_size: int) -> None:
+    forget_deepspeed()
+    model, masks, path = pruned()
+    folder = shared_folder()
+    trainer(model, None, folder, path).train()
+    other = shared_folder() / "other.safetensors"
+    if rank == 0:
+        sparse_comm.save_masks(same_nnz_masks(masks), other)
+    dist.barrier()
+    foreign = trainer(pruned()[0], None, folder, str(other))
+    with pytest.raises(ValueError, match="resumes from a checkpoint that has another mask"):
+        foreign.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+@case(CASES)
+def a_bf16_model_comes_back_in_bf16(rank: int, world_size: int) -> None:
+    model, _, path = pruned()
+    sparse_comm.compact(model.to(torch.bfloat16), sparse_comm.load_masks(path))
+    folder = shared_folder() / str(rank)
+    save_compact(model, folder)
+    loaded = load_compact(folder)
+    assert loaded.dtype == torch.bfloat16
+    assert same_state(sparse_comm.dense_state_dict(loaded), sparse_comm.dense_state_dict(model))
 
 
 @pytest.mark.timeout(300)

@@ -7,6 +7,7 @@ import zlib
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -208,6 +209,10 @@ def experts_go_on_where_they_were(rank: int, world_size: int) -> None:
             resumed = _mixture_engine(config, "transient", ep_size)
             resumed.load_checkpoint(str(folder))
             assert _train_mixture(resumed, 6) == expected
+            dense, folder = _mixture_engine(config, None, ep_size), shared_folder()
+            dense.save_checkpoint(str(folder))
+            with pytest.raises(ValueError, match="keeps its optimizer's state by experts"):
+                resumed.load_checkpoint(str(folder))
 
 
 _NO_ZERO_3 = {3: by_deepspeed("not supported with ZeRO Stage 3")}

@@ -14,7 +14,9 @@ pytest.importorskip("deepspeed")
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 from sparse_comm.integrations import deepspeed as sparse_deepspeed
+from sparse_comm.integrations.deepspeed.checkpoint import _arguments
 from torch import Tensor, nn
 
 import sparse_comm
@@ -203,6 +205,89 @@ def other_masks_are_refused_on_every_rank(config: Config) -> None:
 def a_checkpoint_that_does_not_exist_is_deepspeeds_to_complain_of(rank: int, world: int) -> None:
     trained = engine(merged(BASE, zero(1)), is_compact=True)
     assert trained.load_checkpoint(str(shared_folder())) == (None, None)
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, which has one mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(WIDTH, CLASSES)
+        self.out = nn.Linear(WIDTH, CLASSES)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x) + self.embed(x)
+
+
+@case(CASES)
+def consolidated_tied_weights_are_dense(rank: int, world_size: int) -> None:
+    for stage in STAGES:
+        model, _ = pruned(Tied)
+        trained, folder = start(model, merged(BASE, zero(stage), block())), shared_folder()
+        train(trained, 2)
+        trained.save_checkpoint(str(folder))
+        state = sparse_deepspeed.dense_state_dict_of(folder)
+        plain = pruned(Tied)[0]
+        plain.load_state_dict(state)
+        assert same_state(dict(plain.named_parameters()), _by_name(dense_weights(trained), plain))
+
+
+def _by_name(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {name: state[name] for name, _ in model.named_parameters()}
+
+
+@case(CASES)
+def a_mask_may_go_by_any_name_of_a_tied_parameter(rank: int, world_size: int) -> None:
+    model, masks = pruned(Tied)
+    path = shared_folder() / "masks.safetensors"
+    on_first(lambda: sparse_comm.save_masks({"out.weight": masks["embed.weight"]}, path))
+    engine = start(model, merged(BASE, zero(1), block(str(path))))
+    assert train(engine) == train(start(pruned(Tied)[0], merged(BASE, zero(1), block())))
+    other = same_nnz_masks(masks)["embed.weight"]
+    both = {"out.weight": other, "embed.weight": masks["embed.weight"]}
+    on_first(lambda: sparse_comm.save_masks(both, path))
+    with pytest.raises(ValueError, match=r"'out\.weight' is tied to 'embed\.weight', but their"):
+        start(pruned(Tied)[0], merged(BASE, zero(1), block(str(path))))
+
+
+@case(CASES)
+def what_cannot_be_loaded_is_refused_before_anything_is(rank: int, world_size: int) -> None:
+    adagrad = {"optimizer": {"type": "Adagrad", "params": {"torch_adam": None}}}
+    for stage in (1, 3):
+        config = merged(BASE, zero(stage))
+        dense, _ = saved(merged(config, adagrad), is_compact=False)
+        fresh = engine(merged(config, adagrad), is_compact=True, other_start=True)
+        before = dense_weights(fresh)
+        with pytest.raises(ValueError, match="only the state of Adam and AdamW can be packed"):
+            fresh.load_checkpoint(str(dense))
+        assert same_state(dense_weights(fresh), before)
+        compact, _ = saved(config, is_compact=True)
+        on_first(lambda at=compact: (at / "global_step3" / "masks.safetensors").unlink())
+        fresh = engine(config, is_compact=True, other_start=True)
+        with pytest.raises(ValueError, match="but not the masks that go with them"):
+            fresh.load_checkpoint(str(compact))
+        assert same_state(dense_weights(fresh), before)
+    dense, _ = saved(merged(BASE, zero(1)), is_compact=False)
+    target = shared_folder()
+    on_first(lambda: _universal(dense, target))
+    fresh = engine(merged(BASE, zero(1)), is_compact=True, checkpoint={"load_universal": True})
+    with pytest.raises(ValueError, match="make it compact with pack_checkpoint"):
+        fresh.load_checkpoint(str(target))
+    with pytest.raises(ValueError, match="or the checkpoint is compact"):
+        sparse_deepspeed.pack_checkpoint(compact, shared_folder(), _masks_file())
+
+
+def _universal(source: Path, target: Path) -> None:
+    arguments = _arguments(source / "global_step3", target / "global_step3")
+    ds_to_universal(arguments)
+
+
+def _masks_file() -> Path:
+    path = shared_folder() / "masks.safetensors"
+    on_first(lambda: sparse_comm.save_masks(pruned(Net)[1], path))
+    return path
 
 
 @case(CASES)

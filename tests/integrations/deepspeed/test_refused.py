@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import torch
 from sparse_comm.integrations import deepspeed as sparse_deepspeed
 from sparse_comm.integrations.deepspeed import refuse
 from torch import nn
+from torch.nn.utils import prune
 
 import sparse_comm
 from tests.compact.models import everything, same_nnz_masks, same_state
@@ -115,6 +117,43 @@ def masks_that_depend_on_the_rank(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+def pruning_that_depends_on_the_rank(rank: int, world_size: int) -> None:
+    model = mlp()
+    generator = torch.Generator().manual_seed(rank)
+    mask = torch.rand(model[0].weight.shape, generator=generator) < 0.5
+    prune.custom_from_mask(model[0], "weight", mask)
+    with pytest.raises(ValueError, match=r"masks differ between ranks: '0\.weight'"):
+        start(model, merged(CONFIG, block("from_torch_prune")))
+
+
+@case(CASES)
+def what_one_rank_alone_cannot_do(rank: int, world_size: int) -> None:
+    """The other does not wait for it."""
+    error, said = (ValueError, "unknown key 'mask'") if rank else (RuntimeError, "rank 1 failed: ")
+    wrong = {"sparse_comm": {"mask": "x"}} if rank else block()
+    refused(merged(CONFIG, wrong), said, error)
+    refused(
+        merged(CONFIG, block(**({"weights": "transient"} if rank else {}))),
+        "the blocks 'sparse_comm' of the ranks' configs differ",
+    )
+    model, masks = pruned()
+    path = shared_folder() / "masks.safetensors"
+    on_first(lambda: sparse_comm.save_masks(masks, path))
+    if rank:
+        nn.utils.parametrize.register_parametrization(model[2], "bias", nn.Identity())
+    error, said = (ValueError, "parametrization") if rank else (RuntimeError, "rank 1 failed: ")
+    with pytest.raises(error, match=said):
+        start(model, merged(CONFIG, block(str(path))), model_parameters=None)
+    assert not sparse_comm.is_compact(model)
+    model = mlp()
+    if rank:
+        prune.l1_unstructured(model[0], "weight", 0.5)
+        error, said = ValueError, "pruned through torch.nn.utils.prune"
+    with pytest.raises(error, match=said):
+        start(model, merged(CONFIG, block("from_zeros")), model_parameters=None)
+
+
+@case(CASES)
 def masks_that_mask_nothing(rank: int, world_size: int) -> None:
     with pytest.warns(UserWarning, match="there are no masks"):
         refused(
@@ -186,6 +225,47 @@ def optimizers_that_need_matrices(rank: int, world_size: int) -> None:
     client = torch.optim.Adafactor(model.parameters())
     refused(config, "Adafactor works on matrices", TypeError, model, optimizer=client)
     refused(config, "Adafactor works on", TypeError, model, optimizer=torch.optim.Adafactor)
+
+
+@case(CASES)
+def parameters_that_would_train_nothing(rank: int, world_size: int) -> None:
+    """Of the model as it was before an attempt that DeepSpeed refused."""
+    model, _ = pruned()
+    before = list(model.parameters())
+    with pytest.raises(AssertionError):
+        start(model, merged(CONFIG, {"optimizer": {"type": "Adamm"}}, block()))
+    said = "is to train the parameter '0.weight' as it was before sparse_comm replaced it"
+    for given in (before, [{"params": before}], list(zip("abcdefgh", before, strict=True))):
+        with pytest.raises(ValueError, match=said):
+            start(model, merged(CONFIG, block()), model_parameters=given)
+        sparse_comm.densify(model)
+    for make, error, why in (
+        (lambda parameters: torch.optim.AdamW(before), ValueError, said),
+        (functools.partial(torch.optim.Adafactor), TypeError, "Adafactor works on matrices"),
+    ):
+        with pytest.raises(error, match=why):
+            start(model, merged(CONFIG, {"optimizer": None}, block()), optimizer=make)
+        assert not sparse_comm.is_compact(model)
+
+
+@case(CASES)
+def parameters_in_all_the_forms_that_optimizers_take(rank: int, world_size: int) -> None:
+    expected = train(start(pruned()[0], merged(CONFIG, block())))
+    for form in (
+        lambda model: model.parameters(),
+        lambda model: (p for p in model.parameters()),
+        lambda model: [{"params": p} for p in model.parameters()],
+        lambda model: [{"params": model.parameters()}],
+    ):
+        model, _ = pruned()
+        engine = start(model, merged(CONFIG, block()), model_parameters=form(model))
+        assert train(engine) == expected
+    model, _ = pruned()
+    named = start(
+        model, merged(BASE, zero(0), block()), model_parameters=list(model.named_parameters())
+    )
+    model, _ = pruned()
+    assert train(named) == train(start(model, merged(BASE, zero(0), block())))
 
 
 @case(CASES)
