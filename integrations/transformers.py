@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from sparse_comm import check_masks, compact, is_compact, save_masks, values_changed
 from sparse_comm.compact.convert import patterns_of
 from sparse_comm.compact.slot import Mode
-from sparse_comm.mask_file import load_patterns
+from sparse_comm.mask_file import MASKS, load_patterns
 from sparse_comm.mask_sync import on_all_ranks
 from sparse_comm.masks import masks_from_torch_prune, masks_from_zeros
 from sparse_comm.pattern import SparsityPattern
@@ -29,7 +29,6 @@ from .report import FirstStep
 
 __all__ = ["SparseCommCallback", "load_compact", "prepare", "save_compact"]
 
-MASKS = "masks.safetensors"
 VALUES = "values.safetensors"
 Patterns = Mapping[str, SparsityPattern]
 Masks = str | os.PathLike[str] | Mapping[str, Tensor]

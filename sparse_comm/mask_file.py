@@ -22,8 +22,9 @@ from torch import Tensor
 from sparse_comm.masks import patterns_from_masks
 from sparse_comm.pattern import SparsityPattern
 
-__all__ = ["load_masks", "load_patterns", "save_masks"]
+__all__ = ["MASKS", "load_masks", "load_patterns", "save_masks"]
 
+MASKS = "masks.safetensors"  # the usual name, which checkpoints have
 _KEY = "sparse_comm.masks"
 _VERSION = 1
 

@@ -26,11 +26,10 @@ from torch import Tensor
 
 from sparse_comm import save_masks
 from sparse_comm.kernels import expand, pack
-from sparse_comm.mask_file import load_patterns
+from sparse_comm.mask_file import MASKS, load_patterns
 from sparse_comm.pattern import SparsityPattern
 
 __all__ = [
-    "MASKS",
     "dense_state_dict_of",
     "expand_checkpoint",
     "folder_of",
@@ -38,7 +37,6 @@ __all__ = [
     "pack_state",
 ]
 
-MASKS = "masks.safetensors"
 ADAM_STATES = ("fp32", "exp_avg", "exp_avg_sq", "step")  # what DeepSpeed's universal format holds
 Patterns = dict[str, SparsityPattern]
 

@@ -15,11 +15,11 @@ from sparse_comm import save_masks, values_changed
 from sparse_comm.compact.convert import patterns_of
 from sparse_comm.compact.module import compact_slots
 from sparse_comm.compact.state import expand_state as expand_model_state
-from sparse_comm.mask_file import load_patterns
+from sparse_comm.mask_file import MASKS, load_patterns
 from sparse_comm.mask_sync import gather, on_all_ranks
 from sparse_comm.pattern import SparsityPattern
 
-from .checkpoint import MASKS, folder_of, pack_checkpoint, pack_state
+from .checkpoint import folder_of, pack_checkpoint, pack_state
 from .names import global_names
 from .partitioned import is_partitioned
 
