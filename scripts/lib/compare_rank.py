@@ -29,7 +29,7 @@ from .pair import mean_loss
 from .step_kinds import CACHED, MASKED_DENSE, TRANSIENT, Phases
 from .step_peers import LEARNING_RATE, WEIGHT_DECAY
 from .step_rank import train_in_turn
-from .step_start import Data, pruned_start
+from .step_start import Data, pruned_start, unpruned_entries
 
 MODES = {CACHED: "cached", TRANSIENT: "transient"}
 
@@ -62,8 +62,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     leave()
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "unpruned": sum(int(mask.sum()) for mask in masks.values())
-        + sum(p.numel() for name, p in model.named_parameters() if name not in masks),
+        "unpruned": unpruned_entries(model, masks),
         "start_loss": start_loss,
         "peers": measured,
     }

@@ -16,7 +16,7 @@ from .netns import transmitted_bytes
 from .pair import BLOCK, UNTIMED, mean_loss
 from .step_kinds import Phases
 from .step_peers import computing, make_peers
-from .step_start import Data, pruned_start, pruned_weights_left
+from .step_start import Data, pruned_start, pruned_weights_left, unpruned_entries
 
 
 def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
@@ -37,8 +37,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     leave()
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "unpruned": sum(int(mask.sum()) for mask in masks.values())
-        + sum(p.numel() for name, p in model.named_parameters() if name not in masks),
+        "unpruned": unpruned_entries(model, masks),
         "start_loss": start_loss,
         "peers": measured,
     }

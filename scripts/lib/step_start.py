@@ -60,6 +60,13 @@ class Data:
         return batch(self._text, size, length, (self._first + step) * RANKS + self._rank)
 
 
+def unpruned_entries(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """How many entries the masks leave of the dense model's parameters."""
+    return sum(int(mask.sum()) for mask in masks.values()) + sum(
+        parameter.numel() for name, parameter in model.named_parameters() if name not in masks
+    )
+
+
 def pruned_weights_left(peer: Peer, masks: Mapping[str, Tensor]) -> int:
     """How many pruned weights are not exactly zero."""
     weights = sparse_comm.dense_state_dict(peer.module)

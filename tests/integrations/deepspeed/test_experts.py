@@ -1,4 +1,7 @@
-"""Mixtures of experts: cells of the table, and experts over one or two ranks are the same."""
+"""Mixtures of experts: cells of the table, and experts over one or two ranks are the same.
+
+What each cell asserts stands in ``Row.check`` of rows.py, the rest in parallel.py; ranks run it.
+"""
 
 from __future__ import annotations
 

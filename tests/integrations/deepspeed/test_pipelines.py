@@ -1,4 +1,7 @@
-"""Pipelines of two and of three stages: cells of the table, and tied values stay tied."""
+"""Pipelines of two and of three stages: cells of the table, and tied values stay tied.
+
+What each cell asserts stands in ``Row.check`` of rows.py, the rest in parallel.py; ranks run it.
+"""
 
 from __future__ import annotations
 
