@@ -155,25 +155,13 @@ def prepare(
     plugin = accelerator.state.deepspeed_plugin
     config = None if plugin is None else plugin.deepspeed_config
     optimizers = [each for each in objects if hasattr(each, "param_groups")]
-    dummies = [each for each in objects if type(each).__name__ == "DummyOptim"]
     optimizer = optimizers[0] if optimizers else None
     changes = _make_compact(models[0], config, masks, weights, compute_dtype, optimizer)
-    if config is not None:
-        from deepspeed import DeepSpeedEngine
+    if config is None:
+        return accelerator.prepare(*objects)
+    from .deepspeed.accelerate import prepare_engine
 
-        from .deepspeed import watch
-        from .deepspeed.start import listed, put_in
-
-        for dummy in dummies:
-            dummy.params = listed(dummy.params)
-            put_in(dummy.params, changes)
-        changes.clear()  # or the dense parameters would live on
-        prepared = accelerator.prepare(*objects)
-        for each in prepared if isinstance(prepared, tuple) else (prepared,):
-            if isinstance(each, DeepSpeedEngine):
-                watch(each)
-        return prepared
-    return accelerator.prepare(*objects)
+    return prepare_engine(accelerator, objects, changes)
 
 
 def _make_compact(
@@ -184,37 +172,29 @@ def _make_compact(
     compute_dtype: torch.dtype | None,
     optimizer: Any = None,
 ) -> list[Any]:
-    """By the block of a DeepSpeed config, or by arguments; the parameters that were replaced."""
-    if config is None:
-        if masks is None:
-            raise ValueError(
-                "which masks? SparseCommCallback(masks=…) takes a file of sparse_comm.save_masks, "
-                "'from_zeros', 'from_torch_prune' or a dict; with DeepSpeed the block 'sparse_comm'"
-                " of its config does, too"
-            )
-        found = on_all_ranks(lambda: _found(masks, model))
-        compact(model, found, weights or "cached", compute_dtype, optimizer)
-        check_masks(model)
-        return []
-    from .deepspeed.block import Block, read_block
-    from .deepspeed.start import make_compact
+    """By a DeepSpeed config and its block, or by arguments.
 
-    block = read_block(config)
-    if (block is None) == (masks is None):
-        raise ValueError(
-            "masks are to come from the block 'sparse_comm' of the DeepSpeed config or from an "
-            f"argument: both are {'absent' if masks is None else 'there'}"
-        )
-    if compute_dtype is not None:
-        raise ValueError("compute_dtype does not go with DeepSpeed, whose 'bf16' says what it is")
-    if block is None:
-        if not isinstance(masks, (str, os.PathLike)):
+    Returns:
+        The parameters that were replaced, if there is a DeepSpeed config.
+    """
+    if config is not None:
+        if compute_dtype is not None:
             raise ValueError(
-                "with DeepSpeed, masks are the path of a file, or 'from_zeros' and the like: save "
-                "them with sparse_comm.save_masks"
+                "compute_dtype does not go with DeepSpeed, whose 'bf16' says what it is"
             )
-        block = Block(os.fspath(masks), weights)
-    return make_compact(config, block, model, optimizer)
+        from .deepspeed.accelerate import compact_for_engine
+
+        return compact_for_engine(config, model, masks, weights, optimizer)
+    if masks is None:
+        raise ValueError(
+            "which masks? SparseCommCallback(masks=…) takes a file of sparse_comm.save_masks, "
+            "'from_zeros', 'from_torch_prune' or a dict; with DeepSpeed the block 'sparse_comm'"
+            " of its config does, too"
+        )
+    found = on_all_ranks(lambda: _found(masks, model))
+    compact(model, found, weights or "cached", compute_dtype, optimizer)
+    check_masks(model)
+    return []
 
 
 def _check_same(saved: Patterns, own: Patterns, path: Path) -> None:
@@ -251,7 +231,7 @@ def save_compact(model: Any, folder: str | os.PathLike[str]) -> None:
     """
     if not is_compact(model):
         raise ValueError("the model is not compact: use its save_pretrained")
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # DeepSpeed need not be there
         raise ValueError(
             "the values are partitioned by ZeRO 3: save the dense model by the Trainer or "
             "engine.save_16bit_model, and make it compact when it is loaded"

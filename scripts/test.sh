@@ -13,6 +13,11 @@ export DS_ACCELERATOR=cpu
 
 bash scripts/setup_env.sh dev
 
+# DeepSpeed's kernels, which its tests would wait for, are compiled beside the linters and the first
+# tests.
+.venv/bin/python -m tests.integrations.deepspeed.kernels &
+trap 'kill -- -$! 2> /dev/null || kill $! 2> /dev/null || true' EXIT
+
 run() {
     printf '\n$ %s\n' "$*"
     .venv/bin/python -m "$@"

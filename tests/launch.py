@@ -67,7 +67,7 @@ def run(
     """What ``function(rank, world_size, *args)`` returns on each rank, in a process a rank.
 
     In each process the default process group is initialized (gloo), torch uses one thread, and
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS=1 are set.
 
     Args:
         function: at the top level of an importable module; arguments and result are pickled.
@@ -177,6 +177,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR=_HOST,
         MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",  # Accelerate sets the threads anew where it is not set
     )
     try:
         function, args = pickle.loads(work)

@@ -5,7 +5,6 @@ All engines of one ZeRO stage have equal weights at the start, and the same conf
 """
 
 import copy
-import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -22,6 +21,7 @@ import sparse_comm
 
 from .bench import RANKS
 from .compare_report import DENSE, PHASES, sides_of
+from .deepspeed_rank import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main
 from .model import GPT
@@ -40,11 +40,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Returns what was measured of each side, ready for JSON."""
     job = read_job(arguments)
     torch.set_num_threads(1)
-    # What DeepSpeed's launcher would set.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    # Its kernel for inference over shared memory, which DeepSpeed would compile as it starts, and
-    # never call here. A rank killed meanwhile leaves a lock on which later runs wait.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    as_launched(rank, RANKS)
     join(workdir, rank, RANKS)  # DeepSpeed takes the process group that it finds
     data = Data(job, rank)
     model, masks = pruned_start(job)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_comm
 
+from .deepspeed_rank import without_inference_kernel
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .model import GPT, VOCABULARY
@@ -290,8 +291,7 @@ def zero_engine(model: GPT, optimizer: torch.optim.Optimizer, stage: int) -> nn.
         "gradient_clipping": 0.0,  # by default 1: the norm is summed in another order
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
-    # As in compare_rank.py: an inference kernel that DeepSpeed would compile.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_inference_kernel()
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     return watch(engine) if sparse_comm.is_compact(model) else engine
 

@@ -11,6 +11,7 @@ from typing import Any
 import sparse_comm
 
 from .bench import RANKS
+from .deepspeed_rank import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .netns import transmitted_bytes
@@ -23,7 +24,7 @@ SIDES = ("masked dense", "compact")
 def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Returns what was measured in each ZeRO stage, ready for JSON."""
     job = read_job(arguments)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    as_launched(rank, RANKS)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, but not used
     join(workdir, rank, RANKS)
     import torch

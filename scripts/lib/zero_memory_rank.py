@@ -1,6 +1,5 @@
 """One rank of ``measure_zero_memory.py``: an engine, trained a little; reads resident memory."""
 
-import os
 from pathlib import Path
 
 import deepspeed
@@ -9,6 +8,7 @@ from sparse_comm.integrations.deepspeed import watch
 
 import sparse_comm
 
+from .deepspeed_rank import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .memory_rank import CONTEXT, STEPS, build, resident_bytes
@@ -19,9 +19,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     """Returns resident bytes, ready for JSON."""
     job = read_job(arguments)
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"])}
-    # As in compare_rank.py: an inference kernel that DeepSpeed would compile.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    as_launched(rank, job["ranks"])
     join(workdir, rank, job["ranks"])
     model = build(job).bfloat16()
     config = {
