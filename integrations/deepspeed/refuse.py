@@ -95,6 +95,29 @@ def check_supported(config: Mapping[str, Any], model: nn.Module, optimizer: Any)
             f"'fp16' is enabled, but DeepSpeed's {get_accelerator().device_name()} accelerator "
             "says that this machine has no fp16: use 'bf16'"
         )
+    if optimizer is None:
+        _refuse_without_kernel(config)
+
+
+def _refuse_without_kernel(config: Mapping[str, Any]) -> None:
+    """Build the kernel of DeepSpeed's own Adam, as the engine would, where the config asks for it.
+
+    DeepSpeed compiles it at its first use, and keeps it.
+    """
+    if str(_at(config, "optimizer", "type")).lower() not in ("adam", "adamw"):
+        return
+    if _at(config, "optimizer", "params", "torch_adam"):
+        return
+    offloaded = _at(config, "zero_optimization", "offload_optimizer", "device") == "cpu"
+    name = "CPUAdam" if offloaded else "FusedAdam"
+    try:
+        get_accelerator().create_op_builder(f"{name}Builder").load(verbose=False)
+    except Exception as error:
+        raise ValueError(
+            f"the kernel of DeepSpeed's {name} cannot be built here: install what it needs (on a "
+            "CPU a C++ compiler, which $CXX may name, and ninja), or set 'torch_adam' to true in "
+            "'optimizer.params' of the config, for torch's AdamW"
+        ) from error
 
 
 # Dotted path in the config: why it is refused.

@@ -312,6 +312,28 @@ def test_refused_on_every_rank(name):
     passed(__name__, 2, name)
 
 
+# ---------------------------------------------------------------- a compiler that fails
+
+
+def _without_a_compiler(rank: int, world_size: int) -> None:
+    """In a process of its own: kernels that were loaded once stay."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(shared_folder())
+    os.environ["CXX"] = "false"
+    for name, extra in (
+        ("FusedAdam", {}),
+        ("CPUAdam", {"offload_optimizer": {"device": "cpu"}}),
+    ):
+        config = merged(CONFIG, block(), {"zero_optimization": extra})
+        train(start(pruned()[0], config))  # torch's needs none
+        config["optimizer"]["params"].pop("torch_adam")
+        refused(config, f"kernel of DeepSpeed's {name} cannot be built here: .*torch_adam")
+
+
+def test_an_optimizer_whose_kernel_cannot_be_built_is_refused():
+    (outcome,) = outcomes(_without_a_compiler, 1)
+    assert outcome.error is None, outcome.traceback
+
+
 # ---------------------------------------------------------------- a rank that dies
 
 
