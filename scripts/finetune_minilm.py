@@ -62,6 +62,7 @@ def main() -> int:
         write=lambda rows, origin: write(rows, options, facts, origin),
         is_wrong=lambda row: row.wrong,
         complaint="Not the same training",
+        packages=("deepspeed", "transformers"),
     )
 
 

@@ -62,6 +62,7 @@ def main() -> int:
         write=lambda rows, origin: write(rows, options, origin),
         is_wrong=lambda row: row.deviation > TOLERANCE,
         complaint=f"More than {TOLERANCE:.0%} above",
+        packages=("deepspeed",),
     )
 
 
