@@ -83,6 +83,7 @@ def compare_digests(
     digests: Mapping[str, str | None],
     group: dist.ProcessGroup | None = None,
     partial: bool = False,
+    advice: str = "call sparse_comm.broadcast_masks(masks) before compact",
 ) -> None:
     """Stop every rank if the ranks' patterns differ. A collective: all ranks of the group call it.
 
@@ -93,6 +94,7 @@ def compare_digests(
         group: process group; the default one if not given.
         partial: whether ranks hold parts of the model, such as pipeline stages: a name that a rank
             does not give is then not there, where it would else be without a mask.
+        advice: what to do about a difference.
 
     Raises:
         ValueError: on every rank, with the same message, which names parameters and global ranks;
@@ -116,7 +118,7 @@ def compare_digests(
         more = f"; and {rest} more parameters" if rest > 0 else ""
         raise ValueError(
             f"masks differ between ranks: {'; '.join(differences[:_LISTED])}{more}. Give every "
-            "rank the same masks: call sparse_comm.broadcast_masks(masks) before compact"
+            f"rank the same masks: {advice}"
         )
 
 

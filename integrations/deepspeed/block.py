@@ -62,13 +62,13 @@ def read_block(config: Mapping[str, Any]) -> Block | None:
         return None
     given = config[BLOCK]
     if not isinstance(given, Mapping):
-        raise _wrong(f"must be an object such as {{'enabled': true, …}}, got {given!r}")
+        raise _wrong(f"it must be an object such as {{'enabled': true, …}}, got {given!r}")
     known = [field.name for field in fields(Block)]
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}"
-            raise _wrong(f"has an unknown key {key!r}; {hint}")
+            raise _wrong(f"unknown key {key!r}; {hint}")
     enabled = given.get("enabled", True)
     if not isinstance(enabled, bool):
         raise _wrong(f"'enabled' must be true or false, got {enabled!r}")
@@ -98,4 +98,4 @@ def _misspelt(config: Mapping[str, Any]) -> str | None:
 
 
 def _wrong(what: str) -> ValueError:
-    return ValueError(f"the block {BLOCK!r} of the DeepSpeed config {what}")
+    return ValueError(f"the block {BLOCK!r} of the DeepSpeed config: {what}")

@@ -44,18 +44,20 @@ Patterns = dict[str, SparsityPattern]
 def pack_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    masks: str | os.PathLike[str],
+    masks: str | os.PathLike[str] | None = None,
     tag: str | None = None,
 ) -> Path:
-    """Write a compact universal checkpoint from a dense one, with its optimizer state.
+    """Write a compact universal checkpoint, with the optimizer's state.
 
     A compact engine loads it with ``"checkpoint": {"load_universal": true}``, on any number of
-    ranks. (``engine.load_checkpoint`` of a compact engine takes the dense checkpoint itself, too.)
+    ranks. (On the same number, ``engine.load_checkpoint`` of a compact engine takes the source
+    itself, compact or dense.)
 
     Args:
-        source: folder given to ``save_checkpoint``; ZeRO 1 to 3 and an optimizer like Adam.
+        source: folder given to ``save_checkpoint``, by a compact or a dense engine, or to
+            ``expand_checkpoint`` as its target; ZeRO 1 to 3 and an optimizer like Adam.
         target: folder for the new checkpoint.
-        masks: file of ``sparse_comm.save_masks``.
+        masks: file of ``sparse_comm.save_masks``, for a dense source; a compact one has its own.
         tag: of the checkpoint; the latest if not given.
 
     Returns:
@@ -63,15 +65,23 @@ def pack_checkpoint(
 
     Raises:
         FileNotFoundError: no such checkpoint, or file of masks.
-        ValueError: it is compact already, of ZeRO 0, or does not fit the masks.
+        FileExistsError: the target has one of that tag.
+        ValueError: it is of ZeRO 0, does not fit the masks, or masks are missing or too many.
 
     Source: ours, upon DeepSpeed's universal checkpoints.
     """
     folder = folder_of(source, tag)
-    if (folder / MASKS).exists():
-        raise ValueError(f"{str(folder)!r} is a compact checkpoint already: it has {MASKS}")
-    patterns = load_patterns(masks)
-    written = _translated(folder, Path(target) / folder.name, patterns, pack_state)
+    is_compact = (folder / MASKS).exists()
+    if is_compact != (masks is None):
+        raise ValueError(
+            f"{str(folder)!r} is compact and has its own {MASKS}: give no masks, or pack what "
+            "expand_checkpoint makes of it"
+            if is_compact
+            else f"{str(folder)!r} is a dense checkpoint: give the masks, a file of save_masks"
+        )
+    patterns = load_patterns(folder / MASKS if masks is None else masks)
+    translate = keep_state if is_compact else pack_state
+    written = _translated(folder, Path(target) / folder.name, patterns, translate)
     save_masks(patterns, written / MASKS)
     return written
 
@@ -93,6 +103,7 @@ def expand_checkpoint(
 
     Raises:
         FileNotFoundError: no such checkpoint, or it is not compact.
+        FileExistsError: the target has one of that tag.
         ValueError: it is of ZeRO 0.
 
     Source: ours, upon DeepSpeed's universal checkpoints.
@@ -172,6 +183,11 @@ def folder_of(source: str | os.PathLike[str], tag: str | None, universal: bool =
 def pack_state(dense: Tensor, pattern: SparsityPattern) -> Tensor:
     """Of a whole parameter's weights or moments, flat or not."""
     return pack(dense.reshape(pattern.shape).contiguous(), pattern)
+
+
+def keep_state(values: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Values that stay values."""
+    return values
 
 
 def expand_state(values: Tensor, pattern: SparsityPattern) -> Tensor:

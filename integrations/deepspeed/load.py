@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,16 @@ class Checkpoints:
         """As DeepSpeed's: a plain dense state dict."""
         self.__dict__["_sparse_comm_dense_states"] = True
         try:
-            return super().save_16bit_model(*args, **kwargs)  # type: ignore[misc]
+            written = super().save_16bit_model(*args, **kwargs)  # type: ignore[misc]
         finally:
             del self.__dict__["_sparse_comm_dense_states"]
+        if not written:
+            warnings.warn(
+                "save_16bit_model wrote nothing: with ZeRO 3 DeepSpeed needs "
+                "'stage3_gather_16bit_weights_on_model_save': true in 'zero_optimization'",
+                stacklevel=2,
+            )
+        return written
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; dense for ``save_16bit_model``."""
@@ -216,15 +224,22 @@ def _kind(load_dir: Any, tag: Any, universal: bool, patterns: Patterns) -> tuple
     """The folder of a checkpoint, and whether it is compact; None if DeepSpeed is to complain.
 
     Raises:
-        ValueError: it has other masks, or has lost them.
+        ValueError: it has other masks, has lost them, or is one that this engine cannot load.
     """
     try:
         folder = folder_of(load_dir, tag, universal)
     except FileNotFoundError:
         return None, True
     path = folder / MASKS
+    if (folder / "zero").is_dir() and not universal:
+        raise ValueError(
+            f"{str(folder)!r} is a universal checkpoint: start the engine with "
+            "'checkpoint': {'load_universal': true} in its config"
+            + ("" if path.exists() else ", and make the checkpoint compact with pack_checkpoint")
+        )
     if not path.exists():
-        _refuse_lost_masks(folder, patterns)
+        if not universal:
+            _refuse_lost_masks(folder, patterns)
         return folder, False
     saved = load_patterns(path)
     for name, pattern in patterns.items():

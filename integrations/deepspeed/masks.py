@@ -38,19 +38,27 @@ def agreed_patterns(block: Block, model: nn.Module, mpu: Any = None) -> Patterns
             have no fault of their own a RuntimeError or the same.
     """
     if block.masks in NOT_A_PATH:
+        advice = "prune the same entries on each, or save the masks and name the file in 'masks'"
         found = _SOURCES[block.masks](model)  # which may give parameters their names back
         there = on_all_ranks(lambda: global_names(model, mpu))
         patterns = on_all_ranks(lambda: _as_patterns(found, there))
     else:
+        advice = f"copy the file {block.masks!r} of one machine to the others"
         there = on_all_ranks(lambda: global_names(model, mpu))
         given = on_all_ranks(lambda: _from_file(block.masks))
-        _refuse_unknown(given, there, model)
-        patterns = on_all_ranks(lambda: _fitting(given, there, model))
+        try:
+            _refuse_unknown(given, there, model)
+            patterns = on_all_ranks(lambda: _fitting(given, there, model))
+        except ValueError as error:
+            raise ValueError(
+                f"the masks of {block.masks!r} do not fit the model, or are another model's: "
+                f"{error}"
+            ) from error
     digests = {
         name: patterns[local].digest() if local in patterns else None
         for local, name in there.items()
     }
-    compare_digests(digests, partial=True)
+    compare_digests(digests, partial=True, advice=advice)
     if not any(gather(bool(patterns))):
         raise ValueError(
             f"the block 'sparse_comm' is enabled, but its masks ({block.masks!r}) mask nothing: "

@@ -108,8 +108,12 @@ def initialize(
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     block = on_all_ranks(lambda: read_block(whole))
     # The file of masks may lie elsewhere on each machine; the masks themselves are compared later.
-    if len(set(gather(block and (block.enabled, block.weights)))) > 1:
-        raise ValueError("the blocks 'sparse_comm' of the ranks' configs differ")
+    kinds = gather("off" if block is None else f"'weights': {block.weights!r}")
+    if len(set(kinds)) > 1:
+        ranks = "; ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
+        raise ValueError(
+            f"the blocks 'sparse_comm' of the ranks' configs differ ({ranks}): give all ranks one"
+        )
     if block is None:
         return deepspeed.initialize(**given)
     if model_parameters is not None:

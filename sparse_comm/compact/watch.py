@@ -18,6 +18,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from sparse_comm.kernels.ops import expire
+
 __all__ = [
     "MARK",
     "NEEDS_MATRICES",
@@ -51,10 +53,17 @@ def watch_optimizers() -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Fused kernels and writes through ``.data`` leave a tensor's version as it was."""
-    increment_version(
-        [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
-    )
+    """Fused kernels and writes through ``.data`` leave a tensor's version as it was.
+
+    An optimizer that holds no values may step for one that does: ZeRO's steps flat copies, which
+    DeepSpeed then writes to the values. Other models' optimizers look the same; after their steps,
+    caches are expanded once more than needed.
+    """
+    values = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
+    if values:
+        increment_version(values)
+    else:
+        expire()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -184,6 +184,13 @@ def refresh_now(
         _SEEN[stamp] = values.detach()
 
 
+def expire() -> None:
+    """Have every cache of this process refreshed at its next use: who knows what was written."""
+    with _REFRESHING:
+        for stamp in list(_SEEN):
+            stamp.fill_(-1)
+
+
 @torch.library.custom_op("sparse_comm::refresh", mutates_args=("cache", "stamp"))
 def refresh(cache: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor, stamp: Tensor) -> None:
     """``refresh_now`` as an operator: reading a version in Python breaks a full graph."""

@@ -91,7 +91,11 @@ def deepspeed_config(stage: int | None, masks: str | None) -> dict[str, Any] | N
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True},
+        },
+        "bf16": {"enabled": "auto"},
         "zero_optimization": {
             "stage": stage,
             "stage3_gather_16bit_weights_on_model_save": True,

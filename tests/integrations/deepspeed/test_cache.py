@@ -111,6 +111,18 @@ def after_a_step(config: Config) -> None:
         assert_fresh(engine)
 
 
+@each(0, 1, 2, 3)
+def after_a_step_of_an_engine_that_is_not_watched(config: Config) -> None:
+    """Whose masters are copies that no hook can tell from another model's parameters."""
+    model, masks = pruned()
+    compact = sparse_comm.compact(model, masks)
+    engine = deepspeed.initialize(
+        model=compact, config=config, model_parameters=compact.parameters()
+    )[0]
+    assert train(engine) == train(engine_of(config, "transient"))
+    assert_fresh(engine)
+
+
 @each(0, 1, 2, 3, gradient_accumulation_steps=2)
 def only_at_the_boundary_of_an_accumulation(config: Config) -> None:
     engine = engine_of(config, "cached")

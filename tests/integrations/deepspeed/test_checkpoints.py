@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import sparse_comm
 from tests.compact.models import same_nnz_masks, same_state
 from tests.integrations.cases import Case, Cases, case, passed
+from tests.launch import run
 
 from .training import (
     BASE,
@@ -150,6 +151,34 @@ def a_compact_checkpoint_becomes_a_dense_one(config: Config) -> None:
     assert train(plain, 3, first=3) == expected
 
 
+@each
+def another_number_of_ranks_loads_a_packed_checkpoint(config: Config) -> None:
+    """Of a compact one, and of the dense one that it is expanded to: here by two ranks again."""
+    if config["zero_optimization"]["stage"] == 0:
+        return
+    folder, expected = saved(config, is_compact=True)
+    packed, expanded, again = shared_folder(), shared_folder(), shared_folder()
+    masks = _masks_file()
+
+    def write() -> None:
+        sparse_deepspeed.pack_checkpoint(folder, packed)
+        sparse_deepspeed.expand_checkpoint(folder, expanded)
+        sparse_deepspeed.pack_checkpoint(expanded, again, masks)
+
+    on_first(write)
+    for target in (packed, again):
+        resumed = engine(config, is_compact=True, checkpoint={"load_universal": True})
+        resumed.module.calls.fill_(3)  # a buffer, as below
+        resumed.load_checkpoint(str(target))
+        assert train(resumed, 3, first=3) == expected
+        refusing = engine(config, is_compact=True)
+        with pytest.raises(ValueError, match="is a universal checkpoint: start the engine with"):
+            refusing.load_checkpoint(str(target))
+    refusing = engine(config, is_compact=True, checkpoint={"load_universal": True})
+    with pytest.raises(ValueError, match="is a dense universal checkpoint: make it compact with"):
+        refusing.load_checkpoint(str(expanded))
+
+
 def _copy_what_is_not_trained(plain: Any, folder: Path) -> None:
     state = sparse_deepspeed.dense_state_dict_of(folder)
     frozen = [p for p in plain.module.parameters() if not p.requires_grad and hasattr(p, "ds_id")]
@@ -178,6 +207,11 @@ def the_16_bit_model_is_dense(config: Config) -> None:
     trained = engine(config, is_compact=True)
     train(trained, 2)
     folder = shared_folder()
+    if config["zero_optimization"]["stage"] == 3:
+        key = "stage3_gather_16bit_weights_on_model_save"
+        without = engine(merged(config, {"zero_optimization": {key: False}}), is_compact=True)
+        with pytest.warns(UserWarning, match=f"wrote nothing: .*'{key}': true"):
+            assert not without.save_16bit_model(str(folder), "model.bin")
     assert trained.save_16bit_model(str(folder), "model.bin")
     dist.barrier()
     state = torch.load(folder / "model.bin", weights_only=True)
@@ -299,8 +333,10 @@ def packing_says_what_is_wrong(rank: int, world_size: int) -> None:
     if rank > 0:
         return
     target = folder / "new"
-    with pytest.raises(ValueError, match="is a compact checkpoint already"):
+    with pytest.raises(ValueError, match=r"is compact and has its own masks.*: give no masks, or"):
         sparse_deepspeed.pack_checkpoint(folder, target, masks)
+    with pytest.raises(ValueError, match="is a dense checkpoint: give the masks, a file of"):
+        sparse_deepspeed.pack_checkpoint(dense, target)
     with pytest.raises(FileNotFoundError, match="is not a compact checkpoint"):
         sparse_deepspeed.expand_checkpoint(dense, target)
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*global_step9"):
@@ -320,6 +356,33 @@ def packing_says_what_is_wrong(rank: int, world_size: int) -> None:
     sparse_deepspeed.pack_checkpoint(dense, target, masks)
     with pytest.raises(FileExistsError, match="remove it, or choose another target"):
         sparse_deepspeed.pack_checkpoint(dense, target, masks)
+
+
+def _save(rank: int, world_size: int, folder: str) -> None:
+    for stage in (1, 3):
+        at = Path(folder) / str(stage)
+        trained = engine(merged(BASE, zero(stage)), is_compact=True)
+        train(trained, 3)
+        trained.save_checkpoint(str(at / "saved"))
+        on_first(lambda at=at: sparse_deepspeed.pack_checkpoint(at / "saved", at / "packed"))
+
+
+def _resume_alone(rank: int, world_size: int, folder: str) -> None:
+    for stage in (1, 3):
+        at = Path(folder) / str(stage)
+        universal = {"load_universal": True}
+        resumed = engine(merged(BASE, zero(stage)), is_compact=True, checkpoint=universal)
+        resumed.load_checkpoint(str(at / "packed"))
+        assert resumed.global_steps == 3
+        dense = sparse_deepspeed.dense_state_dict_of(at / "saved")
+        trained = {k: v for k, v in dense_weights(resumed).items() if not k.startswith("frozen")}
+        assert same_state(trained, {name: dense[name] for name in trained})
+        train(resumed, 1, first=3)  # the optimizer's state is there, too
+
+
+def test_one_rank_goes_on_where_two_were(tmp_path):
+    run(_save, 2, str(tmp_path))
+    run(_resume_alone, 1, str(tmp_path))
 
 
 @pytest.mark.timeout(400)

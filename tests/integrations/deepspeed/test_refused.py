@@ -94,7 +94,7 @@ def masks_of_another_model(rank: int, world_size: int) -> None:
         ({"0.weight": masks["2.weight"]}, r"'0.weight' has shape \(64, 64\), the parameter \(64, "),
     ):
         on_first(lambda given=given: sparse_comm.save_masks(given, path))
-        refused(config, said)
+        refused(config, rf"the masks of '.*masks\.safetensors' do not fit the model, .*{said}")
     on_first(lambda: path.write_text("nothing of the kind"))
     refused(config, "is cut short or damaged|not a safetensors file")
 
@@ -106,13 +106,19 @@ def masks_that_depend_on_the_rank(rank: int, world_size: int) -> None:
     other = same_nnz_masks(masks)
     mine = folder / f"{rank}.safetensors"
     sparse_comm.save_masks(other if rank else masks, mine)
-    said = "masks differ between ranks: '0.weight' is masked differently on rank 1 than on rank 0"
+    said = (
+        "masks differ between ranks: '0.weight' is masked differently on rank 1 than on rank 0.*"
+        f"copy the file '.*{mine.name}' of one machine to the others"
+    )
     refused(merged(CONFIG, block(str(mine))), said)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if rank and name == "2.weight":
                 parameter.copy_(torch.where(other[name], 1.0, 0.0))
-    said = "masks differ between ranks: '2.weight' is masked differently on rank 1 than on rank 0"
+    said = (
+        "masks differ between ranks: '2.weight' is masked differently on rank 1 than on rank 0.*"
+        "prune the same entries on each, or save the masks"
+    )
     refused(merged(CONFIG, block("from_zeros")), said, model=model)
 
 
@@ -134,7 +140,7 @@ def what_one_rank_alone_cannot_do(rank: int, world_size: int) -> None:
     refused(merged(CONFIG, wrong), said, error)
     refused(
         merged(CONFIG, block(**({"weights": "transient"} if rank else {}))),
-        "the blocks 'sparse_comm' of the ranks' configs differ",
+        r"ranks' configs differ \(rank 0: 'weights': None; rank 1: 'weights': 'transient'\)",
     )
     model, masks = pruned()
     path = shared_folder() / "masks.safetensors"
