@@ -200,7 +200,8 @@ def parts(rows: list[Row], facts: dict) -> list[str]:
         "plain transformers, and their pruned weights are exactly zero."
     )
     notes = [
-        "- The Trainer logs the loss in bf16, of all ranks together.",
+        "- The Trainer logs, in bf16, the sum of the ranks' losses; held-out losses are those of "
+        "the model.",
         f"- Bytes are {facts['counted']}; gloo's reduce-scatter sends as much as an all-reduce, "
         "dense and compact alike.",
         "- Masked dense multiplies each gradient by its mask, in its step's time.",
