@@ -66,7 +66,8 @@ def pack_checkpoint(
     Raises:
         FileNotFoundError: no such checkpoint, or file of masks.
         FileExistsError: the target has one of that tag.
-        ValueError: it is of ZeRO 0, does not fit the masks, or masks are missing or too many.
+        ValueError: it is of ZeRO 0 or of experts, does not fit the masks, or masks are missing or
+            too many.
 
     Source: ours, upon DeepSpeed's universal checkpoints.
     """
@@ -104,7 +105,7 @@ def expand_checkpoint(
     Raises:
         FileNotFoundError: no such checkpoint, or it is not compact.
         FileExistsError: the target has one of that tag.
-        ValueError: it is of ZeRO 0.
+        ValueError: it is of ZeRO 0 or of experts.
 
     Source: ours, upon DeepSpeed's universal checkpoints.
     """
@@ -215,6 +216,11 @@ def _translated(
         raise ValueError(
             f"{str(folder)!r} is a checkpoint of ZeRO 0, which DeepSpeed cannot make universal; "
             "take its weights alone: dense_state_dict_of, or load_checkpoint of a compact engine"
+        )
+    if any(folder.glob("layer_*_expert_*")):
+        raise ValueError(
+            f"{str(folder)!r} is a checkpoint of experts, whose optimizer's state is kept by ranks "
+            "and cannot be translated: load it into a compact engine on as many ranks"
         )
     if target.exists():
         raise FileExistsError(f"{str(target)!r} exists: remove it, or choose another target")

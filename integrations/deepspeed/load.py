@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, PARAM
 from torch import Tensor
 
 from sparse_comm import save_masks, values_changed
@@ -234,12 +234,12 @@ def _kind(load_dir: Any, tag: Any, universal: bool, patterns: Patterns) -> tuple
     if (folder / "zero").is_dir() and not universal:
         raise ValueError(
             f"{str(folder)!r} is a universal checkpoint: start the engine with "
-            "'checkpoint': {'load_universal': true} in its config"
-            + ("" if path.exists() else ", and make the checkpoint compact with pack_checkpoint")
+            "'checkpoint': {'load_universal': true} in its config, in ZeRO 1 or 2, or in 3 if it "
+            "was saved by ZeRO 3"
+            + ("" if path.exists() else "; and make the checkpoint compact with pack_checkpoint")
         )
     if not path.exists():
-        if not universal:
-            _refuse_lost_masks(folder, patterns)
+        _refuse_lost_masks(folder, patterns)
         return folder, False
     saved = load_patterns(path)
     for name, pattern in patterns.items():
@@ -257,6 +257,12 @@ def _kind(load_dir: Any, tag: Any, universal: bool, patterns: Patterns) -> tuple
 
 def _refuse_lost_masks(folder: Path, patterns: Patterns) -> None:
     """Refuse a compact checkpoint without its masks: its 1-D values are no dense weights."""
+    if (folder / "zero").is_dir():  # universal
+        for name, pattern in patterns.items():
+            file = folder / "zero" / name / "fp32.pt"
+            if file.exists() and _numel(file) == pattern.nnz != pattern.numel:
+                raise _lost_masks(folder, name)
+        return
     for file in sorted(folder.glob("*model_states.pt")):
         state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
         module = state.get("module") or {}
@@ -265,10 +271,21 @@ def _refuse_lost_masks(folder: Path, patterns: Patterns) -> None:
             shapes |= {name: tuple(shape) for name, shape in group.items()}
         for name, pattern in patterns.items():
             if len(pattern.shape) > 1 and shapes.get(name) == (pattern.nnz,):
-                raise ValueError(
-                    f"{str(folder)!r} holds the values of {name!r}, but not the masks that go with "
-                    f"them: copy {MASKS} of the checkpoint, too"
-                )
+                raise _lost_masks(folder, name)
+
+
+def _numel(file: Path) -> int:
+    """Entries of a parameter's file in a universal checkpoint."""
+    held: Any = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    state: Tensor = held[PARAM] if isinstance(held, dict) else held  # bare in ZeRO 3
+    return state.numel()
+
+
+def _lost_masks(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"{str(folder)!r} holds the values of {name!r}, but not the masks that go with them: copy "
+        f"{MASKS} of the checkpoint, too"
+    )
 
 
 def _agreed(kind: tuple[Path | None, bool]) -> tuple[Path | None, bool]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from deepspeed import PipelineModule
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.config import get_zero_config
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 
 from sparse_comm import is_compact
@@ -100,24 +102,35 @@ def check_supported(config: Mapping[str, Any], model: nn.Module, optimizer: Any)
 
 
 def _refuse_without_kernel(config: Mapping[str, Any]) -> None:
-    """Build the kernel of DeepSpeed's own Adam, as the engine would, where the config asks for it.
+    """Build the kernel of DeepSpeed's own optimizer, as the engine would, if the config has it.
 
     DeepSpeed compiles it at its first use, and keeps it.
     """
-    if str(_at(config, "optimizer", "type")).lower() not in ("adam", "adamw"):
+    name = str(_at(config, "optimizer", "type")).lower()
+    if name not in _KERNELS or _at(config, "optimizer", "params", "torch_adam"):
         return
-    if _at(config, "optimizer", "params", "torch_adam"):
+    offload = get_zero_config(dict(config)).offload_optimizer
+    kernel = _KERNELS[name][offload is not None and offload.device != OffloadDeviceEnum.none]
+    builder = get_accelerator().create_op_builder(f"{kernel}Builder") if kernel else None
+    if builder is None:
         return
-    offloaded = _at(config, "zero_optimization", "offload_optimizer", "device") == "cpu"
-    name = "CPUAdam" if offloaded else "FusedAdam"
     try:
-        get_accelerator().create_op_builder(f"{name}Builder").load(verbose=False)
+        builder.load(verbose=False)
     except Exception as error:
         raise ValueError(
-            f"the kernel of DeepSpeed's {name} cannot be built here: install what it needs (on a "
-            "CPU a C++ compiler, which $CXX may name, and ninja), or set 'torch_adam' to true in "
-            "'optimizer.params' of the config, for torch's AdamW"
+            f"the kernel of DeepSpeed's {kernel} cannot be built here: install what it needs (on a "
+            "CPU a C++ compiler, which $CXX may name, and ninja), or use AdamW with 'torch_adam': "
+            f"true in 'optimizer.params' of the config, which is torch's; it failed with: {error}"
         ) from error
+
+
+# By the optimizer's type: its kernel, and that of an offloaded one.
+_KERNELS = {
+    "adam": ("FusedAdam", "CPUAdam"),
+    "adamw": ("FusedAdam", "CPUAdam"),
+    "adagrad": (None, "CPUAdagrad"),
+    "lion": ("FusedLion", "CPULion"),
+}
 
 
 # Dotted path in the config: why it is refused.

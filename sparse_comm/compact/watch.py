@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sparse_comm.kernels.ops import expire
+from sparse_comm.kernels.ops import expire_copies
 
 __all__ = [
     "MARK",
@@ -55,15 +55,15 @@ def watch_optimizers() -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Fused kernels and writes through ``.data`` leave a tensor's version as it was.
 
-    An optimizer that holds no values may step for one that does: ZeRO's steps flat copies, which
-    DeepSpeed then writes to the values. Other models' optimizers look the same; after their steps,
-    caches are expanded once more than needed.
+    An optimizer that holds no values may step masters of them, which DeepSpeed then copies: of the
+    flat buffer that they are pieces of, or of each alone. Other values may be in a graph whose
+    backward pass is still to come, and stay as they are.
     """
-    values = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, MARK)]
-    if values:
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    if values := [p for p in stepped if hasattr(p, MARK)]:
         increment_version(values)
     else:
-        expire()
+        expire_copies(stepped)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,7 +7,7 @@ Registered with the bare ``torch.library`` functions where the operator runs in 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -184,11 +184,18 @@ def refresh_now(
         _SEEN[stamp] = values.detach()
 
 
-def expire() -> None:
-    """Have every cache of this process refreshed at its next use: who knows what was written."""
+def expire_copies(stepped: Iterable[Tensor]) -> None:
+    """Have the caches of values that may be copies of what an optimizer stepped refreshed.
+
+    Values that are pieces of a larger buffer, whose owner writes them, or as large as one of the
+    tensors and of a narrower dtype: no version tells that they were written.
+    """
+    sizes = {tensor.shape: tensor.itemsize for tensor in stepped}
     with _REFRESHING:
-        for stamp in list(_SEEN):
-            stamp.fill_(-1)
+        for stamp, values in list(_SEEN.items()):
+            is_piece = values.untyped_storage().nbytes() > values.nbytes
+            if is_piece or sizes.get(values.shape, 0) > values.itemsize:
+                stamp.fill_(-1)
 
 
 @torch.library.custom_op("sparse_comm::refresh", mutates_args=("cache", "stamp"))

@@ -367,3 +367,29 @@ def test_param_groups_decay_as_the_usual_groups_of_the_dense_model(weights):
     assert train(compact, ours, steps=10) == train(dense, by_dimensions(dense), masks, 10)
     assert same_state(sparse_comm.dense_state_dict(compact), dense.state_dict())
     assert pruned_are_zero(compact)
+
+
+@both_modes
+def test_the_step_of_another_models_optimizer_leaves_graphs_that_are_still_to_be_used(weights):
+    generator, critic = compact_model(weights=weights), mlp()
+    x, _ = batch(0)
+    first = generator(x).sum()
+    with_gradients(critic)
+    adamw(critic).step()
+    (first + generator(x).sum()).backward()
+
+
+def test_values_in_a_flat_buffer_are_seen_after_a_step_for_copies_of_it():
+    """As ZeRO keeps them, and its optimizer."""
+    model = compact_model()
+    values = dict(model.named_parameters())["0.weight"]
+    flat = torch.cat([values.detach(), torch.zeros(4)])
+    values.data = flat[:-4]
+    before = model[0].weight.detach().clone()
+    master = nn.Parameter(flat.clone())
+    master.grad = torch.ones_like(master)
+    optimizer = torch.optim.SGD([master], lr=0.5)
+    optimizer.step()
+    flat.data.copy_(master.detach())
+    mask = sparse_comm.masks_of(model)["0.weight"]
+    assert torch.equal(model[0].weight.detach(), before - 0.5 * mask)

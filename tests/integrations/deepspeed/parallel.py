@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from sparse_comm.integrations.deepspeed import pack_checkpoint
 from torch import Tensor, nn
 
 import sparse_comm
@@ -209,6 +210,9 @@ def experts_go_on_where_they_were(rank: int, world_size: int) -> None:
             resumed = _mixture_engine(config, "transient", ep_size)
             resumed.load_checkpoint(str(folder))
             assert _train_mixture(resumed, 6) == expected
+            if stage > 0:
+                with pytest.raises(ValueError, match="is a checkpoint of experts, whose optimizer"):
+                    pack_checkpoint(folder, folder / "packed")
             dense, folder = _mixture_engine(config, None, ep_size), shared_folder()
             dense.save_checkpoint(str(folder))
             with pytest.raises(ValueError, match="keeps its optimizer's state by experts"):

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from sparse_comm.integrations import deepspeed as sparse_deepspeed
 from sparse_comm.integrations.deepspeed.checkpoint import _arguments
 from torch import Tensor, nn
@@ -177,6 +178,9 @@ def another_number_of_ranks_loads_a_packed_checkpoint(config: Config) -> None:
     refusing = engine(config, is_compact=True, checkpoint={"load_universal": True})
     with pytest.raises(ValueError, match="is a dense universal checkpoint: make it compact with"):
         refusing.load_checkpoint(str(expanded))
+    on_first(lambda: (packed / "global_step3" / "masks.safetensors").unlink())
+    with pytest.raises(ValueError, match="but not the masks that go with them"):
+        refusing.load_checkpoint(str(packed))
 
 
 def _copy_what_is_not_trained(plain: Any, folder: Path) -> None:
@@ -358,17 +362,30 @@ def packing_says_what_is_wrong(rank: int, world_size: int) -> None:
         sparse_deepspeed.pack_checkpoint(dense, target, masks)
 
 
+def _states(trained: Any) -> dict[str, Tensor | None]:
+    """Masters and moments, whole. A collective under ZeRO 3."""
+    held = {}
+    for name, parameter in trained.module.named_parameters():
+        if parameter.requires_grad:
+            held[f"{name} fp32"] = safe_get_full_fp32_param(parameter)
+            for key in ("exp_avg", "exp_avg_sq"):
+                held[f"{name} {key}"] = safe_get_full_optimizer_state(parameter, key)
+    return held
+
+
 def _save(rank: int, world_size: int, folder: str) -> None:
-    for stage in (1, 3):
+    for stage in (1, 2, 3):
         at = Path(folder) / str(stage)
         trained = engine(merged(BASE, zero(stage)), is_compact=True)
         train(trained, 3)
         trained.save_checkpoint(str(at / "saved"))
         on_first(lambda at=at: sparse_deepspeed.pack_checkpoint(at / "saved", at / "packed"))
+        states = _states(trained)
+        on_first(lambda at=at, states=states: torch.save(states, at / "states.pt"))
 
 
 def _resume_alone(rank: int, world_size: int, folder: str) -> None:
-    for stage in (1, 3):
+    for stage in (1, 2, 3):
         at = Path(folder) / str(stage)
         universal = {"load_universal": True}
         resumed = engine(merged(BASE, zero(stage)), is_compact=True, checkpoint=universal)
@@ -377,7 +394,9 @@ def _resume_alone(rank: int, world_size: int, folder: str) -> None:
         dense = sparse_deepspeed.dense_state_dict_of(at / "saved")
         trained = {k: v for k, v in dense_weights(resumed).items() if not k.startswith("frozen")}
         assert same_state(trained, {name: dense[name] for name in trained})
-        train(resumed, 1, first=3)  # the optimizer's state is there, too
+        states = _states(resumed)
+        assert len(states) == 12  # of two layers
+        assert same_state(states, torch.load(at / "states.pt"))
 
 
 def test_one_rank_goes_on_where_two_were(tmp_path):
