@@ -81,7 +81,7 @@ def pack_checkpoint(
             else f"{str(folder)!r} is a dense checkpoint: give the masks, a file of save_masks"
         )
     patterns = load_patterns(folder / MASKS if masks is None else masks)
-    translate = keep_state if is_compact else pack_state
+    translate = None if is_compact else pack_state
     written = _translated(folder, Path(target) / folder.name, patterns, translate)
     save_masks(patterns, written / MASKS)
     return written
@@ -186,11 +186,6 @@ def pack_state(dense: Tensor, pattern: SparsityPattern) -> Tensor:
     return pack(dense.reshape(pattern.shape).contiguous(), pattern)
 
 
-def keep_state(values: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Values that stay values."""
-    return values
-
-
 def expand_state(values: Tensor, pattern: SparsityPattern) -> Tensor:
     """The dense tensor of values."""
     return expand(values, pattern)
@@ -209,9 +204,12 @@ def _translated(
     folder: Path,
     target: Path,
     patterns: Patterns,
-    translate: Callable[[Tensor, SparsityPattern], Tensor],
+    translate: Callable[[Tensor, SparsityPattern], Tensor] | None,
 ) -> Path:
-    """A universal checkpoint whose masked parameters are translated. Whole, or not there."""
+    """A universal checkpoint whose masked parameters are translated. Whole, or not there.
+
+    ``translate``: None for values that stay values.
+    """
     if not any(folder.glob("*_optim_states.pt")) and not (folder / "zero").is_dir():
         raise ValueError(
             f"{str(folder)!r} is a checkpoint of ZeRO 0, which DeepSpeed cannot make universal; "
@@ -259,7 +257,9 @@ def _translated(
 
 
 def _translate(
-    folder: Path, pattern: SparsityPattern, translate: Callable[[Tensor, SparsityPattern], Tensor]
+    folder: Path,
+    pattern: SparsityPattern,
+    translate: Callable[[Tensor, SparsityPattern], Tensor] | None,
 ) -> None:
     for file in folder.glob("*.pt"):
         if file.stem not in ADAM_STATES:
@@ -279,6 +279,8 @@ def _translate(
                 f"{expected}: the masks are of another model, or the checkpoint is "
                 f"{'compact' if translate is pack_state else 'dense'}"
             )
+        if translate is None:
+            continue
         state = translate(state, pattern)
         torch.save({**held, PARAM: state} if isinstance(held, dict) else state, file)
 

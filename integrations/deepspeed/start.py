@@ -118,10 +118,10 @@ def initialize(
         return deepspeed.initialize(**given)
     if model_parameters is not None:
         given["model_parameters"] = model_parameters = listed(model_parameters)
+        on_all_ranks(lambda: refuse_replaced(model_parameters))
     changes = make_compact(whole, block, model, optimizer, mpu)
     if model_parameters is not None:
         put_in(model_parameters, changes)
-        on_all_ranks(lambda: refuse_replaced(model_parameters))
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         given["optimizer"] = _checked(optimizer)
     changes.clear()  # or the dense parameters would live as long as this call

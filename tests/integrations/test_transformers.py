@@ -37,7 +37,7 @@ from tests.integrations.deepspeed.training import mask_gradients, shared_folder
 
 CASES: Cases = {}
 TIMEOUT = 250
-STAGES = (None, 1, 3)  # None: DDP; ZeRO 0 and 2 are the same to Hugging Face as 1
+STAGES = (None, 0, 1, 2, 3)  # None: DDP
 VOCABULARY = 96
 LENGTH = 16
 

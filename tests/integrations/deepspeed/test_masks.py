@@ -165,7 +165,7 @@ def _train_parts(rank: int, world_size: int) -> None:
     assert len(set(losses)) == len(losses)
     folder = shared_folder()
     engine.save_checkpoint(str(folder))
-    saved = sparse_comm.load_masks(folder / "global_step5" / "masks.safetensors")
+    saved = sparse_comm.load_masks(folder / "global_step6" / "masks.safetensors")
     assert len(saved) == 6
     engine.load_checkpoint(str(folder))
 

@@ -134,7 +134,7 @@ def loss_of(engine: Any, seed: int) -> Tensor:
     return F.cross_entropy(engine(x.to(_input_dtype(engine))).float(), y)
 
 
-def train(engine: Any, steps: int = 5, accumulate: int = 1, first: int = 0) -> list[float]:
+def train(engine: Any, steps: int = 6, accumulate: int = 1, first: int = 0) -> list[float]:
     """Losses of some steps, and one after the last."""
     losses = []
     for seed in range(first, first + steps * accumulate):
