@@ -8,18 +8,16 @@ link of 1 Gbit/s between network namespaces (needs root) and by the loopback.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
-from lib import compare_plot, compare_report, results
+from lib import compare_plot, compare_report, deepspeed_run, results
 from lib.bench import LOOPBACK, RANKS, check_links, link_name, run_over
 from lib.compare_report import Row
 from lib.job import add_bar, progress_bars, run_job, run_script
@@ -125,17 +123,11 @@ def check_machine(parser: argparse.ArgumentParser) -> None:
     """Refuse what cannot work before any process starts."""
     if sys.platform != "linux":
         parser.error(f"this script needs Linux; this is {sys.platform}")
-    if find_spec(DEEPSPEED) is None:
-        parser.error("DeepSpeed is not installed here: run bash scripts/setup_env.sh deepspeed")
+    deepspeed_run.prepare(parser)
 
 
 def compare(plan: Plan) -> int:
     """Measure, and write the report; returns the exit status."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # of the ranks; else DeepSpeed takes a GPU
-    # What it and torch compile or cache stays in the checkout, as with scripts/test.sh.
-    cache = results.FOLDER.parent / ".sparse_comm_cache"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "torch_extensions"))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     notes: list[str] = []
     try:
         return run_script(

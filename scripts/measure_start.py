@@ -6,20 +6,19 @@ does besides calling DeepSpeed's. Ends with status 1 if that is a second or more
 """
 
 import argparse
-import os
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
 
-from lib import results
+from lib import deepspeed_run, results
 from lib.bench import RANKS, Estimate, median, over_ranks
 from lib.job import add_bar, progress_bars, run_job, run_script
-from lib.start_rank import DENSE, SOURCES
 
 NAME = "start"
 WRITTEN = f"{NAME}.md and {NAME}.json"
+DENSE = "dense"
+SOURCES = ("a file", "from_zeros")  # of masks
 LIMIT = 1.0  # s
 
 
@@ -65,38 +64,22 @@ def parse_arguments() -> argparse.Namespace:
         help="transformer blocks (default: %(default)s: 100M parameters)",
     )
     parser.add_argument(
-        "--width", type=int, default=2048, help="of the model (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--density", type=float, default=0.1, help="of matrices (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stages", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3], help="of ZeRO"
-    )
-    parser.add_argument(
         "--repeats", type=int, default=5, help="starts of each kind (default: %(default)s)"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER / "deepspeed",
-        help="folder for the results (default: results/deepspeed of the checkout)",
-    )
+    deepspeed_run.add_gpt_arguments(parser)
     options = parser.parse_args()
-    if options.width % 64 or options.width < 64:
-        parser.error(f"--width is {options.width}; it must be a multiple of 64, such as 2048")
-    if not 0 < options.density < 1:
-        parser.error(f"--density is {options.density}; it must lie between 0 and 1")
+    deepspeed_run.check_gpt_arguments(parser, options)
     if options.layers < 1:
         parser.error(f"--layers is {options.layers}; it must be 1 at least")
     if options.repeats < 2:
         parser.error(f"--repeats is {options.repeats}; an interval needs at least 2")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed_run.prepare(parser)
     return options
 
 
 def run_all(options: argparse.Namespace, console: Console) -> list[Row]:
     settings = {key: vars(options)[key] for key in ("layers", "width", "density", "repeats")}
+    settings["sides"] = {DENSE: None, SOURCES[0]: "", SOURCES[1]: SOURCES[1]}
     rows = []
     with progress_bars(console) as progress:
         for stage in options.stages:

@@ -7,16 +7,14 @@ the pattern, and 2 for a cached dense weight. Ends with status 1 if it takes 5 %
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 
-from lib import memory_plot, results
+from lib import deepspeed_run, memory_plot, results
 from lib.bench import RANKS
 from lib.job import add_bar, progress_bars, run_job, run_script
 from lib.memory_rank import CONTEXT, STEPS
@@ -80,28 +78,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("SMALL", "LARGE"),
         help="transformer blocks of the two models (default: 1 3: 50M and 150M parameters)",
     )
-    parser.add_argument(
-        "--width", type=int, default=2048, help="of both models (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stages", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3], help="of ZeRO"
-    )
-    parser.add_argument(
-        "--density", type=float, default=0.1, help="of matrices (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=results.FOLDER / "deepspeed",
-        help="folder for the results (default: results/deepspeed of the checkout)",
-    )
+    deepspeed_run.add_gpt_arguments(parser)
     options = parser.parse_args()
     small, large = options.layers
     if not 0 < small < large:
         parser.error(f"--layers is {small} {large}; the second must be larger, the first above 0")
-    if options.width % 64 or options.width < 64:
-        parser.error(f"--width is {options.width}; it must be a multiple of 64, such as 2048")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed_run.check_gpt_arguments(parser, options)
+    deepspeed_run.prepare(parser)
     return options
 
 

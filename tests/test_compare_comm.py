@@ -86,8 +86,10 @@ def test_compact_losses_are_those_of_masked_dense_training_and_dense_ones_are_no
         assert found[DENSE]["losses"][-1] != masked["losses"][-1]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="``lo`` is shared with everything on this machine")
 def test_compact_sends_the_density_s_share_of_dense_bytes(facts):
+    if any("other programs' bytes" in note for note in facts["notes"]):
+        assert os.geteuid() != 0  # root makes a network namespace of its own
+        pytest.skip("without root the bytes of other programs on lo are counted, too")
     for row in facts["rows"]:
         assert row["density"] == pytest.approx(0.1, rel=1e-3)
         if row["kind"] in COMPACT:

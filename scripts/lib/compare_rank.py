@@ -21,7 +21,7 @@ import sparse_comm
 
 from .bench import RANKS
 from .compare_report import DENSE, PHASES, sides_of
-from .deepspeed_rank import as_launched
+from .deepspeed_run import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main
 from .model import GPT

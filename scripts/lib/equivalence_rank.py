@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparse_comm
 
-from .deepspeed_rank import without_inference_kernel
+from .deepspeed_run import without_inference_kernel
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .model import GPT, VOCABULARY

@@ -11,7 +11,7 @@ from typing import Any
 import sparse_comm
 
 from .bench import RANKS
-from .deepspeed_rank import as_launched
+from .deepspeed_run import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .netns import transmitted_bytes

@@ -8,7 +8,7 @@ from sparse_comm.integrations.deepspeed import watch
 
 import sparse_comm
 
-from .deepspeed_rank import as_launched
+from .deepspeed_run import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main, report_progress
 from .memory_rank import CONTEXT, STEPS, build, resident_bytes
