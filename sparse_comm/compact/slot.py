@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,9 @@ class Slot:
         self.caches = mode == "cached"
         self.cache: Tensor | None = None
         self.stamp = _new_stamp()
+        # Where the parameter is a part of one that ranks share: the whole one's shape, and what
+        # cuts the part from it. State dicts may then have the whole.
+        self.whole: tuple[torch.Size, Callable[[Tensor], Tensor]] | None = None
 
     def place(self, values: Tensor) -> None:
         """Follow ``values`` to their device and dtype; the next use expands anew."""

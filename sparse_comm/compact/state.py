@@ -93,6 +93,8 @@ def pack_state(module: CompactModule, state: dict[str, Any], prefix: str) -> Non
         if isinstance(given, Tensor) and _is_dense(given, slot):
             pattern = slot.pattern
             moved = given.detach().to(pattern.device)
+            if slot.whole is not None and moved.shape == slot.whole[0] != pattern.shape:
+                moved = slot.whole[1](moved)
             packed = slot.pack(moved)
             if not moved.is_meta and moved.count_nonzero() > packed.count_nonzero():
                 warn_dropped(slot.name)
@@ -145,7 +147,8 @@ def expand_state(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 def _is_dense(given: Tensor, slot: Slot) -> bool:
     """Whether ``given`` is the dense weight; 1-D with nothing pruned it is both, and the same."""
-    return given.shape == slot.pattern.shape and tuple(given.shape) != (slot.pattern.nnz,)
+    shapes = (slot.pattern.shape, slot.whole and slot.whole[0])
+    return given.shape in shapes and tuple(given.shape) != (slot.pattern.nnz,)
 
 
 def _digests(extra: Any, module: CompactModule) -> dict[str, str] | None:

@@ -28,6 +28,7 @@ class DenseView(torch.Tensor):
 
     _plain: Tensor  # the ordinary tensor, with its autograd history
     _link: Link
+    _may_get_history = False  # of a view made under no_grad, as all are in an autograd function
     _is_param = False  # isinstance(module.weight, nn.Parameter): True for the attribute itself
 
     @staticmethod
@@ -35,6 +36,8 @@ class DenseView(torch.Tensor):
         """Around ``plain``, which is the link's base (``whole``) or a view of it."""
         view = plain.as_subclass(DenseView)
         view.__dict__.update(_plain=plain, _link=link, _is_param=whole)
+        if not whole:
+            view.__dict__["_may_get_history"] = not torch.is_grad_enabled()
         return view
 
     @classmethod
@@ -49,6 +52,7 @@ class DenseView(torch.Tensor):
 
     def current(self) -> Tensor:
         """The plain tensor for an operator to read or write, up to date with the values."""
+        self._take_history()
         if not torch.is_grad_enabled():
             plain = self._plain.detach()
             return plain.requires_grad_(self._plain.requires_grad)
@@ -58,6 +62,22 @@ class DenseView(torch.Tensor):
             plain = link.slot.weight(link.values)
             self.__dict__.update(_plain=plain, _link=Link(link.slot, link.values, plain))
         return self._plain
+
+    def _take_history(self) -> None:
+        """Give the tensor inside the history that this object got after it was made.
+
+        It does from an autograd function that returns its input, or a view of it.
+        """
+        if self._is_param or not self._may_get_history or not torch.is_grad_enabled():
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                is_leaf = self.is_leaf
+            except RuntimeError:  # a view made under no_grad, of what was written to since
+                is_leaf = True
+            if not is_leaf:
+                plain = super().as_subclass(torch.Tensor)
+                self.__dict__.update(_plain=plain, _may_get_history=False)
 
     def __getattr__(self, name: str) -> Any:
         """What users and frameworks noted on the parameter (``allreduce``, ``is_expert``, …)."""
@@ -224,6 +244,7 @@ def _set_grad(view: DenseView, grad: Tensor | None) -> None:
 
 
 def _get_requires_grad(view: DenseView) -> bool:
+    view._take_history()
     return view._link.values.requires_grad if view._is_param else view._plain.requires_grad
 
 
@@ -303,6 +324,7 @@ class _Node:
 def _grad_fn(view: DenseView) -> Any:
     """A node always: a dense weight is a function of its values, never a leaf."""
     if not view._is_param:
+        view._take_history()
         return view._plain.grad_fn
     return _Node(view._plain.grad_fn, view._link.slot.name)
 

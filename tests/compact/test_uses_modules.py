@@ -317,3 +317,34 @@ def test_a_custom_autograd_function_of_the_weight_trains_as_when_masked(weights)
             return Function.apply(x, self.weight) + self.bias
 
     trains(pair(lambda: Layer(6, 5), weights, noise(3, 6)))
+
+
+def test_an_autograd_function_that_gives_back_the_weight_or_a_view_trains_as_when_masked(weights):
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight: Tensor) -> Tensor:
+            return weight
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad
+
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight: Tensor) -> Tensor:
+            ctx.shape = weight.shape
+            return weight[2:]
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            whole = grad.new_zeros(ctx.shape)
+            whole[2:] = grad
+            return whole
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            same, half = Same.apply(self.weight), Half.apply(self.weight)
+            assert (half.grad_fn is not None) == same.requires_grad == torch.is_grad_enabled()
+            return x @ same.reshape(5, 6).t() + F.pad(x @ half.t(), (2, 0))
+
+    trains(pair(lambda: Layer(6, 5, bias=False), weights, noise(3, 6)))
