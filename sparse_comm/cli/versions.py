@@ -22,11 +22,13 @@ TESTED = {
     "accelerate": ("1.15",),
     "peft": ("0.21",),
     "deepspeed": ("0.19",),
+    "axonn": ("0.2",),
+    "mpi4py": ("4.1",),
 }
 
 # Of frameworks whose insides are relied upon, what setup.cfg's extras require: outside of it their
 # integration refuses to work.
-BOUNDS = {"deepspeed": ">=0.19.8,<0.20"}
+BOUNDS = {"deepspeed": ">=0.19.8,<0.20", "axonn": ">=0.2,<0.3"}
 
 
 def installed(package: str) -> str | None:

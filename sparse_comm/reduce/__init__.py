@@ -11,8 +11,17 @@ A compact model's gradients are compact without any of this; here they also trav
 dtype, on gloo, too, and say what they cost.
 """
 
+from sparse_comm.reduce.buckets import GradientBuckets, Share
 from sparse_comm.reduce.hook import reduce_hook
 from sparse_comm.reduce.link import Link, bucket_cap_mb, measure_link
 from sparse_comm.reduce.reduction import Reduction
 
-__all__ = ["Link", "Reduction", "bucket_cap_mb", "measure_link", "reduce_hook"]
+__all__ = [
+    "GradientBuckets",
+    "Link",
+    "Reduction",
+    "Share",
+    "bucket_cap_mb",
+    "measure_link",
+    "reduce_hook",
+]

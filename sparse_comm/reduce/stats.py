@@ -143,6 +143,11 @@ class Recorder:
         step.keys.add(key)
         return record
 
+    def waited(self) -> None:
+        """Until now, the step has waited for its collectives; for those who wait after backward."""
+        if self._step is not None:
+            self._step.end = time.perf_counter()
+
     def figures(self) -> dict[str, Any]:
         """What ``Reduction.stats()`` returns."""
         self._finish()

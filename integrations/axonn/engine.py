@@ -1,0 +1,398 @@
+"""``InterLayerEngine``: AxoNN's pipeline engine with compact stages and bucketed gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_comm.compact.convert import compact_by
+from sparse_comm.compact.slot import Mode
+from sparse_comm.mask_sync import gather, on_all_ranks
+from sparse_comm.reduce import GradientBuckets, Reduction, Share, bucket_cap_mb, measure_link
+
+from .layers import averaging
+from .loading import load_through_axonn
+from .masks import Names, agreed_patterns, whole_names
+from .modules import config, inter_layer, intra_layer, overlap_communication
+from .span import span
+from .start import state
+from .tied import TiedStages
+
+__all__ = ["InterLayerEngine"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
+    """AxoNN's ``AxoNN_Inter_Layer_Engine``, for dense stages and for compact ones.
+
+    Gradients are averaged in buckets, while the backward pass of the last micro-batch goes on, in
+    place of one all-reduce a parameter after it. With ``sparse=False`` the arithmetic is AxoNN's.
+
+    Example::
+
+        sparse_axonn.init(G_inter=2, G_data=2)
+        engine = sparse_axonn.InterLayerEngine(
+            stage, loss_fn, torch.bfloat16, sparse=True, masks=masks, micro_batch_size=4
+        )
+        optimizer = torch.optim.AdamW(stage.parameters(), lr=1e-3)
+        for batch, labels in loader:
+            optimizer.zero_grad()
+            loss = engine.forward_backward_optimizer(batch, labels, optimizer)
+
+    Args:
+        model: this rank's stage, dense. With more than one stage it has AxoNN's methods
+            ``get_input_shape()`` and ``get_output_shape()``, with -1 for the micro-batch.
+        loss_fn: of (output in fp32, labels) of a micro-batch, a mean; used on the last stage.
+        computation_dtype: of autocast and of the messages between stages: torch.float16, which
+            brings AxoNN's dynamic loss scale, torch.bfloat16, or torch.float32.
+        sparse: whether to make the stage compact, in place.
+        masks: if so: bool masks (True = unpruned) of the whole model or of this stage, by name.
+        weights: "cached" or "transient", as in ``sparse_comm.compact``.
+        optimizer: one that was built on the stage's parameters before, to be carried over.
+        names: the name in the whole model of each parameter and buffer of the stage, as a function
+            of its name in the stage, or a mapping; not needed where they are the same. Masks,
+            ``tied`` and checkpoints go by the names of the whole model.
+        micro_batch_size: samples of a micro-batch; that of AxoNN's ``create_dataloader`` if not
+            given.
+        tied: (name of a parameter of the first stage, name of one of the last stage): they start
+            with the first's values, and their gradients are summed.
+        reduce_dtype: what gradients travel in. Not given, it is the computation dtype if sparse,
+            and the gradients' own, as in AxoNN, if not.
+        bucket_cap_mb: MiB of a bucket; from the link's measured speed if not given.
+        overlap: whether gradients are averaged while backward goes on; losses are the same.
+        stats: whether ``stats()`` has figures.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: on all ranks, before anything is trained: ``init`` was
+            not called; a stage without parameters; stages whose shapes do not fit; masks that fit
+            no parameter or that differ between ranks.
+
+    Source: AxoNN (Singh & Bhatele, IPDPS 2022), SAMO (Singh & Bhatele, IPDPS 2023, section III);
+    buckets, overlap and values in place of index lists are ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        computation_dtype: torch.dtype = torch.float16,
+        *,
+        sparse: bool = False,
+        masks: Mapping[str, Any] | None = None,
+        weights: Mode = "cached",
+        optimizer: torch.optim.Optimizer | None = None,
+        names: Names = None,
+        micro_batch_size: int | None = None,
+        tied: tuple[str, str] | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        bucket_cap_mb: float | None = None,
+        overlap: bool = True,
+        stats: bool = False,
+    ) -> None:
+        self._state = state()
+        if micro_batch_size is not None:
+            config.micro_batch_size = micro_batch_size
+        on_all_ranks(lambda: _check(model, computation_dtype, sparse, masks))
+        super().__init__(model, loss_fn, computation_dtype)
+        self.names = on_all_ranks(lambda: whole_names(model, names))
+        _check_shapes(model)
+        if sparse:
+            given = TiedStages.with_both_masks(masks, tied)
+            patterns = agreed_patterns(model, given, self.names)
+            on_all_ranks(lambda: compact_by(model, patterns, weights, None, optimizer))
+            load_through_axonn(model)
+        self.tied = TiedStages(model, self.names, tied, self._state) if tied else None
+        if reduce_dtype is None and sparse:
+            reduce_dtype = computation_dtype
+        self.overlap = overlap
+        self.reduction = Reduction(reduce_dtype, stats=stats)
+        self.reduction.watch(model)
+        self._buckets = self._make_buckets(bucket_cap_mb)
+        self._count = 0  # micro-batches of this batch
+        self._arrived = {"fw": 0, "bw": 0}  # messages of this batch
+        self._evaluates = False
+        self._failed = False
+
+    def stats(self) -> dict[str, Any]:
+        """What averaging gradients cost on this rank, as ``Reduction.stats()``: by the step.
+
+        ``exposed_s`` is the time from the last bucket's being handed over until all are averaged.
+
+        Raises:
+            RuntimeError: the engine was made without ``stats=True``.
+        """
+        return self.reduction.stats()
+
+    def reset_stats(self) -> None:
+        """Start the figures anew."""
+        self.reduction.reset_stats()
+
+    # ---------------------------------------------------------------- a step
+
+    def forward_backward_optimizer(
+        self,
+        batch: Tensor,
+        labels: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        eval_mode: bool = False,
+        post_bw_hook: Callable[[nn.Module], Any] | None = None,
+    ) -> float:
+        """A step of the optimizer on a batch, or, with ``eval_mode``, the loss and nothing else.
+
+        Args:
+            batch: inputs of this replica; the first stage reads them, and all look at their number.
+            labels: read by the last stage.
+            optimizer: on the stage's parameters; not needed with ``eval_mode``.
+            eval_mode: whether to evaluate.
+            post_bw_hook: called with the stage when its gradients are complete, but not averaged
+                yet; they are then averaged after it, without overlap.
+
+        Returns:
+            The mean loss of the micro-batches on the last stage, 0 on the others.
+
+        Raises:
+            ValueError: the micro-batch size is unknown, or does not divide the batch.
+            RuntimeError: an earlier step has failed, so that messages of it may be under way.
+        """
+        self._count = self._micro_batches(batch, labels)
+        if optimizer is None and not eval_mode:
+            raise TypeError("training needs the optimizer; without one, give eval_mode=True")
+        self._arrived = {"fw": 0, "bw": 0}
+        self._evaluates = eval_mode
+        self._reduces_late = post_bw_hook is not None
+        # AxoNN's own overlap gives weights their gradients after backward has passed them.
+        self._buckets.overlap = self.overlap and not overlap_communication.OVERLAP_REDUCE_SCATTER
+
+        def finish(model: nn.Module) -> None:
+            if post_bw_hook is not None:
+                post_bw_hook(model)
+                self._buckets.reduce()
+            self._average()
+
+        self._failed = True
+        with intra_layer.no_grad_sync():  # which AxoNN would do here
+            loss: float = super().forward_backward_optimizer(
+                batch,
+                labels,
+                _Nothing() if eval_mode else optimizer,
+                eval_mode,
+                None if eval_mode else finish,
+            )
+        self._failed = False
+        return loss
+
+    def _micro_batches(self, batch: Tensor, labels: Any) -> int:
+        size = config.micro_batch_size
+        if self._failed:
+            raise RuntimeError(
+                "an earlier step of this engine has failed, and what other stages sent for it may "
+                "be under way: start the program anew, from a checkpoint"
+            )
+        if size < 1:
+            raise ValueError(
+                "the size of a micro-batch is unknown: give InterLayerEngine(…, "
+                "micro_batch_size=…), or make the loader by AxoNN's create_dataloader"
+            )
+        for what, number in (("batch", len(batch)), ("labels", len(labels))):
+            if number == 0 or number % size or number != len(batch):
+                raise ValueError(
+                    f"{what} of {number} samples: expected a multiple of the micro-batch size "
+                    f"{size}" + (f", as many as the batch has, {len(batch)}" * (what == "labels"))
+                )
+        return len(batch) // size
+
+    def _average(self) -> None:
+        with span("collective"):
+            self._buckets.wait()
+            if self.tied is not None:
+                self.tied.sum_gradients(self.reduction)
+
+    # ---------------------------------------------------------------- AxoNN's parts of a step
+
+    def _forward_pass(self, input_activation: Tensor, microbatch_no: int, eval_mode: bool) -> None:
+        with span("forward"):
+            super()._forward_pass(input_activation, microbatch_no, eval_mode)
+
+    def _calc_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with span("loss"):
+            return super()._calc_loss(*args, **kwargs)
+
+    def _backward_pass(self, output_gradients: Tensor | None, microbatch_no: int) -> None:
+        last = microbatch_no == self._count - 1 and not self._reduces_late
+        with span("backward"), self._buckets.backward(last):
+            super()._backward_pass(output_gradients, microbatch_no)
+            if overlap_communication.pending_grad_accumulations:
+                # inside optimize_communication(), which would add these only when it is left
+                overlap_communication.clear_handles()
+                overlap_communication.accumulate()
+
+    def _send(self, tensor: Tensor, destination: int, tag: int) -> None:
+        if not 0 <= destination < config.G_inter:
+            return
+        with span("send"):
+            self._clear_transit_tensors()
+            tensor = tensor.detach().contiguous().to(self.computation_dtype)
+            if tensor.is_cuda:
+                torch.cuda.synchronize()
+            assert self._state.transport is not None
+            request = self._state.transport.send(tensor, destination)
+            self.transit_tensors.append([request, tensor])
+
+    def _post_recv_requests(self, post_fw_recv: bool = True, post_bw_recv: bool = True) -> None:
+        # AxoNN asks for nothing where one message only is to come.
+        super()._post_recv_requests(True, not self._evaluates)
+
+    def _post_fw_recv_requests(self) -> None:
+        self._post("fw", config.inter_layer_parallel_rank - 1, "get_input_shape")
+
+    def _post_bw_recv_requests(self) -> None:
+        self._post("bw", config.inter_layer_parallel_rank + 1, "get_output_shape")
+
+    def _post(self, kind: str, stage: int, shape: str) -> None:
+        if self.requests[kind] is not None or not 0 <= stage < config.G_inter:
+            return
+        tensor = torch.empty(
+            self._fill_shape(getattr(self.model, shape)()),
+            device=self._state.device,
+            dtype=self.computation_dtype,
+        )
+        assert self._state.transport is not None
+        request = self._state.transport.receive(tensor, stage)
+        self.requests[kind] = [tensor.requires_grad_(kind == "fw"), request]
+
+    def _recv(
+        self, post_fw_recv: bool = True, post_bw_recv: bool = True, eval_mode: bool = False
+    ) -> tuple[int, Any]:
+        """Wait for the next message of either kind, and do the pass that it allows."""
+        kinds = [kind for kind in ("fw", "bw") if self.requests[kind] is not None]
+        assert self._state.transport is not None
+        with span("wait"):
+            first = self._state.transport.first([self.requests[kind][1] for kind in kinds])
+        kind = kinds[first]
+        tensor = self.requests[kind][0]
+        self.requests[kind] = None
+        number = self._arrived[kind]
+        self._arrived[kind] += 1
+        if kind == "fw":
+            if post_fw_recv:
+                self._post_fw_recv_requests()
+            self._forward_pass(tensor, number, eval_mode)
+            return number, inter_layer.Operation.FW
+        if post_bw_recv:
+            self._post_bw_recv_requests()
+        self._backward_pass(tensor, number)
+        return number, inter_layer.Operation.BW
+
+    # ---------------------------------------------------------------- fp16
+
+    def _unscale_gradients(self) -> bool:
+        """Divide by the loss scale; whether any gradient of any rank has overflowed."""
+        if self._evaluates:
+            return False
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        found = torch.zeros(1, device=self._state.device)
+        inverse = torch.full((1,), 1 / self.scaler.loss_scale, device=self._state.device)
+        if gradients:
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
+        return bool(self._sync_scale(bool(found.item())))
+
+    def _sync_scale(self, local_overflow: bool) -> bool:
+        """As AxoNN's, which needs MPI for it."""
+        overflow = torch.tensor([float(local_overflow)], device=self._state.device)
+        dist.all_reduce(overflow, dist.ReduceOp.MAX)
+        scaler = self.scaler
+        said = ""
+        if overflow.item():
+            scaler.loss_scale = max(scaler.loss_scale / 2, scaler.min_scale)
+            scaler.no_overflow_iters = 0
+            said = f"overflow detected - reducing loss scale to {scaler.loss_scale}"
+        else:
+            scaler.no_overflow_iters += 1
+            if scaler.no_overflow_iters == scaler.scaling_window:
+                scaler.loss_scale = min(scaler.loss_scale * 2, scaler.max_scale)
+                scaler.no_overflow_iters = 0
+                said = f"increasing loss scale to {scaler.loss_scale}"
+        if said and dist.get_rank() == 0:
+            print(said)
+        return bool(overflow.item())
+
+    # ---------------------------------------------------------------- at the start
+
+    def _make_buckets(self, cap_mb: float | None) -> GradientBuckets:
+        groups = self._state.groups
+        kinds = averaging(self.model)
+        shares = [
+            Share(self.names[name], parameter, groups[kinds[name][0]], kinds[name][1])
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        if cap_mb is None:
+            cap_mb = _bucket_cap_mb(shares, self.reduction, self._state.device)
+        return GradientBuckets(shares, self.reduction, cap_mb, self.overlap)
+
+
+class _Nothing:
+    """In the optimizer's place where there is nothing to step."""
+
+    def step(self) -> None:
+        pass
+
+
+def _check(model: Any, dtype: Any, sparse: bool, masks: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"computation_dtype must be one of {_DTYPES}, got {dtype!r}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"stage {config.inter_layer_parallel_rank} of {config.G_inter} has no parameters: give "
+            "each stage some layers, or use fewer stages (G_inter)"
+        )
+    if masks is not None and not sparse:
+        raise ValueError("masks are given, but not sparse=True")
+    if config.G_inter > 1:
+        for method in ("get_input_shape", "get_output_shape"):
+            if not callable(getattr(model, method, None)):
+                raise TypeError(
+                    f"{type(model).__name__} has no method {method}(), by which AxoNN knows what "
+                    "stages send each other: the shape, with -1 for the micro-batch"
+                )
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse stages that would not understand each other. A collective."""
+    if config.G_inter == 1:
+        return
+    stage = config.inter_layer_parallel_rank
+    # The first stage gets no activations, and the last no gradients, so theirs are not looked at.
+    into = None if stage == 0 else tuple(model.get_input_shape())  # type: ignore[operator]
+    out = None if stage == config.G_inter - 1 else tuple(model.get_output_shape())  # type: ignore[operator]
+    shapes = dict(gather((stage, (into, out)), state().pipeline))
+    wrong = [
+        f"stage {n} gives {shapes[n][1]}, stage {n + 1} takes {shapes[n + 1][0]}"
+        for n in range(config.G_inter - 1)
+        if shapes[n][1] != shapes[n + 1][0]
+    ]
+
+    def check() -> None:
+        if wrong:
+            raise ValueError(f"shapes of neighbouring stages differ: {'; '.join(wrong)}")
+
+    on_all_ranks(check)
+
+
+def _bucket_cap_mb(shares: list[Share], reduction: Reduction, device: str) -> float:
+    """The size that suits the link. A collective of the ranks that average."""
+    group = shares[0].group if shares else None
+    if not shares or dist.get_world_size(group) == 1:
+        return 1.0
+    dtype = reduction.wire_dtype(shares[0].parameter.dtype)
+    total = sum(
+        s.parameter.numel() * reduction.wire_dtype(s.parameter.dtype).itemsize for s in shares
+    )
+    return bucket_cap_mb(measure_link(group, device=device, dtype=dtype), total)
