@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_sync import gather, on_all_ranks
 from sparse_comm.reduce import GradientBuckets, Reduction, Share, bucket_cap_mb, measure_link
 
+from .checkpoint import load_checkpoint, save_checkpoint
 from .layers import averaging
 from .loading import load_through_axonn
 from .masks import Names, agreed_patterns, whole_names
@@ -131,6 +133,51 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
     def reset_stats(self) -> None:
         """Start the figures anew."""
         self.reduction.reset_stats()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(
+        self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer, extra: Any = None
+    ) -> None:
+        """Save the whole model, its masks and the optimizer's state. A collective of all ranks.
+
+        By the names of the whole model, so that it can be resumed on any other grid of ranks:
+        each parameter once, of masked ones the values.
+
+        Args:
+            path: of a folder, the same for all ranks; what it holds of an earlier checkpoint is
+                replaced.
+            optimizer: this rank's.
+            extra: of what JSON can hold (the step, the seed); given back by ``load_checkpoint``.
+
+        Raises:
+            ValueError: two stages use one name for different parameters: see ``names``.
+
+        Source: ours; torch.distributed.checkpoint writes the tensors.
+        """
+        save_checkpoint(self, optimizer, path, extra)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Resume from what ``save_checkpoint`` wrote, on whatever grid. A collective of all ranks.
+
+        A checkpoint of dense stages loads into compact ones, which take the unpruned entries, and
+        one of compact stages into dense ones.
+
+        Args:
+            path: of the folder.
+            optimizer: this rank's: its state and options are replaced; None to leave them out.
+
+        Returns:
+            ``extra`` of ``save_checkpoint``.
+
+        Raises:
+            FileNotFoundError: no such checkpoint, or one that was not written to its end.
+            ValueError: it lacks a parameter of this stage, or has other masks. Nothing is loaded
+                then, on any rank.
+        """
+        return load_checkpoint(self, optimizer, path)
 
     # ---------------------------------------------------------------- a step
 

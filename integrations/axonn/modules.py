@@ -12,6 +12,8 @@ import sys
 import types
 from typing import Any
 
+from sparse_comm.cli.versions import BOUNDS
+
 __all__ = [
     "asym_communication",
     "ax",
@@ -58,7 +60,15 @@ class _NoMPI:
 
 
 def _import(name: str) -> Any:
-    return importlib.import_module(f"axonn.{name}")
+    try:
+        return importlib.import_module(f"axonn.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "axonn":
+            raise
+        raise ModuleNotFoundError(
+            f'AxoNN is not installed: pip install "axonn{BOUNDS["axonn"]}", or sparse_comm[axonn]',
+            name="axonn",
+        ) from error
 
 
 def _import_without_mpi() -> None:
@@ -66,16 +76,17 @@ def _import_without_mpi() -> None:
     stand_in: Any = types.ModuleType("mpi4py")
     stand_in.MPI = _NoMPI()
     stand_in.rc = types.SimpleNamespace()
+    there = "mpi4py" in sys.modules
     before = sys.modules.get("mpi4py")
     sys.modules["mpi4py"] = stand_in
     try:
         _import("communication").MPI4PY = False  # as where its own import of mpi4py fails
         _import("inter_layer")
     finally:
-        if before is None:
-            del sys.modules["mpi4py"]
+        if there:
+            sys.modules["mpi4py"] = before  # type: ignore[assignment]  # None, where it is barred
         else:
-            sys.modules["mpi4py"] = before
+            del sys.modules["mpi4py"]
 
 
 mpi = _find_mpi()
