@@ -1,10 +1,15 @@
 """Compares one pruned GPT's training in a framework, dense and compact: bytes, time and losses.
 
-DeepSpeed: in each ZeRO stage, engines of one config train from one pruned start, on equal batches
-and in turn. Times are compared with dense training, which nothing masks; losses with masked dense
-training, whose gradients are masked; compact training is sparse_comm's, with cached weights (not in
-stage 3) and with transient ones. Two ranks (one thread each, gloo) compute in bf16, joined by a
-link of 1 Gbit/s between network namespaces (needs root) and by the loopback.
+All sides train from one pruned start, on equal batches and in turn, on ranks with one thread each
+(gloo) that compute in bf16, joined by a link of 1 Gbit/s between network namespaces (needs root)
+and by the loopback. Losses are compared with masked dense training, whose gradients are masked.
+
+DeepSpeed: in each ZeRO stage, engines of one config. Times are compared with dense training, which
+nothing masks; compact training is sparse_comm's, with cached weights (not in stage 3) and with
+transient ones.
+
+AxoNN: on grids of pipeline stages and replicas, AxoNN's own reduction of gradients, buckets without
+and with overlap, and compact training; with the phases of a step, as in SAMO's Figure 8.
 """
 
 import argparse
@@ -12,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -20,15 +26,17 @@ from rich.progress import Progress
 from lib import compare_plot, compare_report, deepspeed_run, results
 from lib.bench import LOOPBACK, RANKS, check_links, link_name, run_over
 from lib.compare_report import Row
-from lib.job import add_bar, progress_bars, run_job, run_script
-from lib.netns import LinkUnavailable, NamespacePair
+from lib.compare_run import possible, warm_up
+from lib.job import add_bar, progress_bars, run_script
+from lib.netns import LinkUnavailable
 from lib.pair import BLOCK, UNTIMED
 from lib.step_peers import LEARNING_RATE, WEIGHT_DECAY
 from lib.step_report import FINAL_STEPS
 from lib.step_start import CONTEXT, SIZE
 
-DEEPSPEED = "deepspeed"
-FRAMEWORKS = (DEEPSPEED,)
+DEEPSPEED, AXONN = "deepspeed", "axonn"
+FRAMEWORKS = (DEEPSPEED, AXONN)
+GRIDS = ("1x2", "2x1", "2x2")
 STAGES = (0, 1, 2, 3)
 DENSITY = 0.1  # unpruned parameters over all, those without a mask included
 LINKS = ("1gbit", LOOPBACK)
@@ -59,9 +67,18 @@ class Plan:
 def main() -> int:
     options = parse_arguments()
     given = {"seed": options.seed} | ({"steps": options.steps} if options.steps else {})
-    size = (QUICK if options.quick else FULL) | given
     out = options.out or results.FOLDER / options.framework
-    stages, links = sorted(set(options.stages)), list(dict.fromkeys(options.links))
+    links = list(dict.fromkeys(options.links))
+    if options.framework == AXONN:
+        from lib import axonn_compare
+
+        size = (axonn_compare.QUICK if options.quick else axonn_compare.FULL) | given
+        grids = list(dict.fromkeys(options.grids))
+        return axonn_compare.compare(
+            axonn_compare.Plan(grids, links, size, out, "compare", not options.quick)
+        )
+    size = (QUICK if options.quick else FULL) | given
+    stages = sorted(set(options.stages))
     return compare(Plan(stages, links, size, out, "compare", not options.quick))
 
 
@@ -70,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Writes compare.md, compare.json and compare.png. Takes some 15 minutes on two "
-        "cores, and 4 GB of memory.",
+        "cores, and 4 GB of memory (AxoNN: 8).",
     )
     parser.add_argument(
         "--framework",
@@ -85,7 +102,16 @@ def parse_arguments() -> argparse.Namespace:
         choices=STAGES,
         default=[1, 2, 3],
         metavar="STAGE",
-        help="of ZeRO, 0 to 3 (default: 1 2 3)",
+        help="DeepSpeed: of ZeRO, 0 to 3 (default: 1 2 3)",
+    )
+    parser.add_argument(
+        "--grids",
+        nargs="+",
+        type=grid,
+        default=[grid(name) for name in GRIDS],
+        metavar="GRID",
+        help="AxoNN: pipeline stages x replicas, as 2x1; an even number of ranks "
+        f"(default: {' '.join(GRIDS)})",
     )
     parser.add_argument(
         "--links",
@@ -95,7 +121,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"{LOOPBACK}, or speeds as 'tc' writes them; those that this machine cannot make "
         f"are left out (default: {' '.join(LINKS)})",
     )
-    parser.add_argument("--steps", type=int, help=f"of each training (default: {FULL['steps']})")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"of each training (default: {FULL['steps']}; AxoNN: 24)",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -109,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for the results (default: the framework's in results of the checkout)",
     )
     options = parser.parse_args()
-    check_machine(parser)
+    check_machine(parser, options.framework)
     check_links(parser, options.links)
     if options.steps is not None and options.steps < UNTIMED + 2:
         parser.error(
@@ -119,11 +149,23 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def check_machine(parser: argparse.ArgumentParser) -> None:
+def grid(text: str) -> tuple[int, int]:
+    """Of an argument such as 2x1."""
+    stages, _, replicas = text.partition("x")
+    sizes = int(stages), int(replicas)
+    if min(sizes) < 1 or sizes[0] * sizes[1] % 2:
+        raise ValueError
+    return sizes
+
+
+def check_machine(parser: argparse.ArgumentParser, framework: str) -> None:
     """Refuse what cannot work before any process starts."""
     if sys.platform != "linux":
         parser.error(f"this script needs Linux; this is {sys.platform}")
-    deepspeed_run.prepare(parser)
+    if framework == DEEPSPEED:
+        deepspeed_run.prepare(parser)
+    elif find_spec(framework) is None:
+        parser.error("AxoNN is not installed here: run bash scripts/setup_env.sh axonn")
 
 
 def compare(plan: Plan) -> int:
@@ -163,31 +205,6 @@ def run_all(plan: Plan, notes: list[str], console: Console) -> list[Row]:
                 rows += compare_report.rows_of(link, stage, ranks)
             notes.append(f"MB sent, {link_name(link)}: {counted}; a step's, mean over blocks.")
     return rows
-
-
-def possible(links: Sequence[str], notes: list[str], console: Console) -> list[str]:
-    """Those of the links that this machine can make; LinkUnavailable if it can make none."""
-    found = []
-    missing: LinkUnavailable | None = None
-    for link in links:
-        try:
-            if link != LOOPBACK:
-                with NamespacePair(link):
-                    pass
-            found.append(link)
-        except LinkUnavailable as error:
-            missing = error
-            notes.append(f"{link_name(link)} was not measured: {error}.")
-            console.print(notes[-1], markup=False)
-    if missing and not found:
-        raise missing
-    return found
-
-
-def warm_up(job: dict, progress: Progress) -> None:
-    """Train the dense model a little, and file it as ``job["start"]``."""
-    on_progress = add_bar(progress, "warm-up, one process", job["warm_up"])
-    run_job("lib.step_one", job | {"densities": [], "computes": []}, 1, on_progress)
 
 
 def run_stage(link: str, stage: int, job: dict, progress: Progress) -> tuple[list[dict], str]:

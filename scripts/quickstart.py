@@ -6,7 +6,8 @@ twice, with equal seeds and data, once as DDP with masks and once compact. Both 
 on the loopback and, where root and network namespaces are to be had, over a slow link.
 
 With --framework deepspeed it is scripts/compare_comm.py in small: a GPT of 6 blocks trains for 20
-steps under DeepSpeed's ZeRO 1, in bf16, dense, masked dense and compact.
+steps under DeepSpeed's ZeRO 1, in bf16, dense, masked dense and compact. With --framework axonn
+likewise: 12 steps, on two pipeline stages × two replicas.
 """
 
 import argparse
@@ -32,13 +33,24 @@ WRITTEN = f"{NAME}.md, {NAME}.json and {PLOT}"
 MINIMUM_STEPS = 5  # the first steps of each block are not timed
 PYTORCH = "pytorch"
 LINK, RATE = "auto", "1gbit"  # defaults
+AXONN_SIZE = {"layers": 6, "warm_up": 20, "steps": 12}
 DEEPSPEED_SIZE = {"layers": 6, "width": 512, "warm_up": 20, "steps": 20, "tokens": 64}
 
 
 def main() -> int:
     """Run the stages and write the report; returns the exit status."""
     options = parse_arguments()
-    return run_pytorch(options) if options.framework == PYTORCH else run_deepspeed(options)
+    run = {PYTORCH: run_pytorch, compare_comm.AXONN: run_axonn}
+    return run.get(options.framework, run_deepspeed)(options)
+
+
+def run_axonn(options: argparse.Namespace) -> int:
+    from lib import axonn_compare
+
+    size = axonn_compare.FULL | AXONN_SIZE | {"seed": options.seed}
+    out = options.out or results.FOLDER / options.framework
+    plan = axonn_compare.Plan([(2, 2)], compare_comm.LINKS, size, out, NAME, judge_times=False)
+    return axonn_compare.compare(plan)
 
 
 def run_deepspeed(options: argparse.Namespace) -> int:
@@ -157,21 +169,22 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     given = [name for name in defaults if name != "seed" and name in options]
     if options.framework != PYTORCH:
-        check_deepspeed(parser, given)
+        check_framework(parser, options.framework, given)
         return options
     options = argparse.Namespace(**(defaults | vars(options)))
     check(parser, options)
     return options
 
 
-def check_deepspeed(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+def check_framework(parser: argparse.ArgumentParser, framework: str, given: Sequence[str]) -> None:
     """Refuse what cannot work before any process starts."""
     for name in given:
         parser.error(
-            f"--{name.replace('_', '-')} is an option of PyTorch, which --framework deepspeed does "
-            "not take: leave it out, or use scripts/compare_comm.py, which has options of its own"
+            f"--{name.replace('_', '-')} is an option of PyTorch, which --framework {framework} "
+            "does not take: leave it out, or use scripts/compare_comm.py, which has options of its "
+            "own"
         )
-    compare_comm.check_machine(parser)
+    compare_comm.check_machine(parser, framework)
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ export MPLCONFIGDIR="$root/.sparse_comm_cache/matplotlib"
 extra=plot
 case " $* " in
     *" --framework deepspeed "* | *" --framework=deepspeed "*) extra=deepspeed ;;
+    *" --framework axonn "* | *" --framework=axonn "*) extra=axonn ;;
 esac
 bash "$root/scripts/setup_env.sh" "$extra"
 exec "$root/.venv/bin/python" "$root/scripts/quickstart.py" "$@"

@@ -4,7 +4,8 @@
 #
 #     bash scripts/setup_env.sh plot         what the scripts need
 #     bash scripts/setup_env.sh deepspeed    what those that use DeepSpeed need; holds plot
-#     bash scripts/setup_env.sh dev          what the tests need; holds both
+#     bash scripts/setup_env.sh axonn        what those that use AxoNN need; holds plot
+#     bash scripts/setup_env.sh dev          what the tests need; holds all
 #
 # Quick when the last install still stands. Writes to the checkout and to pip's cache only.
 set -euo pipefail
@@ -67,15 +68,15 @@ pip_install() {
 
 case $extra in
     plot | dev) installed=$extra ;;
-    deepspeed) installed=plot,deepspeed ;;
-    *) die "unknown extra '$extra': plot, deepspeed or dev" ;;
+    deepspeed | axonn) installed=plot,$extra ;;
+    *) die "unknown extra '$extra': plot, deepspeed, axonn or dev" ;;
 esac
 
 if can_run "$python" pip && intact; then
     now=$(fingerprint)
     case $(cat "$stamp" 2> /dev/null || true) in
         "$now dev" | "$now $extra") exit 0 ;;
-        "$now deepspeed") [ "$extra" != plot ] || exit 0 ;;
+        "$now deepspeed" | "$now axonn") [ "$extra" != plot ] || exit 0 ;;
     esac
 elif [ -e .venv ]; then
     say "the .venv here is damaged: making it anew"

@@ -290,6 +290,13 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             request = self._state.transport.send(tensor, destination)
             self.transit_tensors.append([request, tensor])
 
+    def _clear_transit_tensors(self, clear_all: bool = False) -> None:
+        if not clear_all:
+            super()._clear_transit_tensors()
+            return
+        with span("send"):  # the last messages leave
+            super()._clear_transit_tensors(clear_all=True)
+
     def _post_recv_requests(self, post_fw_recv: bool = True, post_bw_recv: bool = True) -> None:
         # AxoNN asks for nothing where one message only is to come.
         super()._post_recv_requests(True, not self._evaluates)

@@ -44,9 +44,9 @@ def check_links(parser: argparse.ArgumentParser, links: Sequence[str]) -> None:
 
 
 def run_over(
-    link: str, module: str, job: dict, on_progress: Callable[[dict], None]
+    link: str, module: str, job: dict, on_progress: Callable[[dict], None], ranks: int = RANKS
 ) -> tuple[list[dict], str]:
-    """Run ``module`` on two ranks that ``link`` joins, with the settings ``job``.
+    """Run ``module`` on ranks that ``link`` joins, with the settings ``job``.
 
     Args:
         link: LOOPBACK, or the rate of a link between network namespaces in ``tc``'s notation.
@@ -54,6 +54,7 @@ def run_over(
         job: what JSON can hold; ``read_job`` gives it to the ranks, with the name of the network
             interface to count on added as ``job["interface"]``.
         on_progress: called whenever rank 0 reports progress.
+        ranks: number of them, even; the first half is on one side of the link.
 
     Returns:
         What the ranks returned, and in words what their counters of bytes count.
@@ -65,25 +66,30 @@ def run_over(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparse-comm-")))
         if link == LOOPBACK:
             interface = "lo"
-            prefixes, counted = _own_loopback(stack)
+            prefixes, counted = _own_loopback(stack, ranks)
         else:
             interface = INTERFACE
             pair = stack.enter_context(NamespacePair(link))
-            prefixes = [pair.command_prefix(rank) for rank in range(RANKS)]
+            prefixes = [pair.command_prefix(rank * 2 // ranks) for rank in range(ranks)]
             counted = "what a rank's interface sent"
+            if ranks > RANKS:
+                counted = f"what an interface sent, over the {ranks // 2} ranks that share it"
         file = folder / "job.json"
         file.write_text(json.dumps(job | {"interface": interface}))
         return run_ranks(module, [str(file)], prefixes, interface, folder, on_progress), counted
 
 
-def _own_loopback(stack: ExitStack) -> tuple[list[list[str]], str]:
-    """Both ranks in one namespace, if possible, whose ``lo`` no other program uses."""
+def _own_loopback(stack: ExitStack, ranks: int) -> tuple[list[list[str]], str]:
+    """All ranks in one namespace, if possible, whose ``lo`` no other program uses."""
+    share = "half" if ranks == RANKS else f"1/{ranks}"
+    whose = "both ranks'" if ranks == RANKS else "all ranks'"
     try:
         pair = stack.enter_context(NamespacePair("1gbit"))  # whose veth stays unused
     except LinkUnavailable:
-        counted = "half of what lo sent, which carries both ranks' and other programs' bytes"
-        return [[] for _ in range(RANKS)], counted
-    return [pair.command_prefix(0)] * RANKS, "half of what lo sent, which carries both ranks' bytes"
+        counted = f"{share} of what lo sent, which carries {whose} and other programs' bytes"
+        return [[] for _ in range(ranks)], counted
+    counted = f"{share} of what lo sent, which carries {whose} bytes"
+    return [pair.command_prefix(0)] * ranks, counted
 
 
 @dataclass(frozen=True)
