@@ -35,14 +35,19 @@ BOTH = ["torchrun", pytest.param("mpirun", marks=needs_mpi)]
 
 
 def launch(
-    launcher: str, count: int, out: Path, *arguments: str, timeout: float = 100
+    launcher: str,
+    count: int,
+    out: Path,
+    *arguments: str,
+    program: str = PROGRAM,
+    timeout: float = 100,
 ) -> tuple[str, int]:
     """What the program printed, and how it ended; nothing of it is left."""
     out.mkdir(exist_ok=True)
     if launcher == "torchrun":
-        command = [*LAUNCHERS[launcher], f"--nproc-per-node={count}", "-m", PROGRAM]
+        command = [*LAUNCHERS[launcher], f"--nproc-per-node={count}", "-m", program]
     else:
-        command = [*LAUNCHERS[launcher], "-n", str(count), sys.executable, "-m", PROGRAM]
+        command = [*LAUNCHERS[launcher], "-n", str(count), sys.executable, "-m", program]
     environment = os.environ | MPI | {"OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
