@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 def _is_script(block: str) -> bool:
     """Whether the block is a program of its own, for torchrun."""
-    return "init_process_group" in block or "engine.step()" in block
+    return any(sign in block for sign in ("init_process_group", "engine.step()", "axonn.init("))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -37,16 +38,18 @@ def test_the_programs_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
             *_, name = re.findall(r"`([\w.]+)`", text[: found.start()])
             (tmp_path / name).write_text(block)
         elif language == "python" and _is_script(block):
-            _run_on_two_ranks(block, tmp_path)
+            _run_on_ranks(block, tmp_path)
         elif language == "python":
             exec(compile(block, page.name, "exec"), namespace)
 
 
-def _run_on_two_ranks(block: str, folder: Path) -> None:
+def _run_on_ranks(block: str, folder: Path) -> None:
+    grid = [int(size) for size in re.findall(r"\bG_\w+=(\d+)", block)]
+    ranks = math.prod(grid) if grid else 2
     # Leaves without torch's teardown: after FSDP2 on gloo it aborts in some 2 of 100 runs, also
     # without this package ("terminate called without an active exception").
     (folder / "train.py").write_text(f"{block}\nimport os\n\nos._exit(0)\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*launch, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "train.py"],
         cwd=folder,
