@@ -124,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps",
         type=int,
-        help=f"of each training (default: {FULL['steps']}; AxoNN: 24)",
+        help=f"of each training (default: {FULL['steps']}; AxoNN: 16)",
     )
     parser.add_argument(
         "--quick",

@@ -10,15 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_comm.compact.convert import compact_by
 from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_sync import gather, on_all_ranks
-from sparse_comm.reduce import GradientBuckets, Reduction, Share, bucket_cap_mb, measure_link
+from sparse_comm.reduce import Reduction
 
+from .averaging import make_buckets
 from .checkpoint import load_checkpoint, save_checkpoint
-from .layers import averaging
-from .loading import load_through_axonn
-from .masks import Names, agreed_patterns, whole_names
+from .compacting import make_compact
+from .masks import Names, whole_names
 from .modules import config, inter_layer, intra_layer, overlap_communication
 from .span import span
 from .start import state
@@ -105,16 +104,13 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         _check_shapes(model)
         if sparse:
             given = TiedStages.with_both_masks(masks, tied)
-            patterns = agreed_patterns(model, given, self.names)
-            on_all_ranks(lambda: compact_by(model, patterns, weights, None, optimizer))
-            load_through_axonn(model)
+            make_compact(model, given, self.names, weights, optimizer)
         self.tied = TiedStages(model, self.names, tied, self._state) if tied else None
         if reduce_dtype is None and sparse:
             reduce_dtype = computation_dtype
         self.overlap = overlap
         self.reduction = Reduction(reduce_dtype, stats=stats)
-        self.reduction.watch(model)
-        self._buckets = self._make_buckets(bucket_cap_mb)
+        self._buckets = make_buckets(model, self.names, self.reduction, bucket_cap_mb)
         self._count = 0  # micro-batches of this batch
         self._arrived = {"fw": 0, "bw": 0}  # messages of this batch
         self._evaluates = False
@@ -375,20 +371,6 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             print(said)
         return bool(overflow.item())
 
-    # ---------------------------------------------------------------- at the start
-
-    def _make_buckets(self, cap_mb: float | None) -> GradientBuckets:
-        groups = self._state.groups
-        kinds = averaging(self.model)
-        shares = [
-            Share(self.names[name], parameter, groups[kinds[name][0]], kinds[name][1])
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        ]
-        if cap_mb is None:
-            cap_mb = _bucket_cap_mb(shares, self.reduction, self._state.device)
-        return GradientBuckets(shares, self.reduction, cap_mb, self.overlap)
-
 
 class _Nothing:
     """In the optimizer's place where there is nothing to step."""
@@ -438,15 +420,3 @@ def _check_shapes(model: nn.Module) -> None:
             raise ValueError(f"shapes of neighbouring stages differ: {'; '.join(wrong)}")
 
     on_all_ranks(check)
-
-
-def _bucket_cap_mb(shares: list[Share], reduction: Reduction, device: str) -> float:
-    """The size that suits the link. A collective of the ranks that average."""
-    group = shares[0].group if shares else None
-    if not shares or dist.get_world_size(group) == 1:
-        return 1.0
-    dtype = reduction.wire_dtype(shares[0].parameter.dtype)
-    total = sum(
-        s.parameter.numel() * reduction.wire_dtype(s.parameter.dtype).itemsize for s in shares
-    )
-    return bucket_cap_mb(measure_link(group, device=device, dtype=dtype), total)

@@ -54,7 +54,7 @@ def whole_names(model: nn.Module, names: Names) -> dict[str, str]:
 
 
 def agreed_patterns(
-    model: nn.Module, masks: Mapping[str, Tensor | SparsityPattern], there: Mapping[str, str]
+    model: nn.Module, masks: Mapping[str, Any] | None, there: Mapping[str, str]
 ) -> dict[str, SparsityPattern]:
     """The pattern of each masked parameter, by its name in this stage. A collective of all ranks.
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-from sparse_comm.reduce.span import record
+from sparse_comm.reduce.span import span as _span
 
 __all__ = ["span"]
 
-
-def span(phase: str) -> Any:
-    """A context manager that profilers show as ``sparse_comm::axonn.<phase>``."""
-    return record(f"sparse_comm::axonn.{phase}")
+span = functools.partial(_span, room="axonn")

@@ -72,10 +72,10 @@ class TiedStages:
     @staticmethod
     def with_both_masks(
         masks: Mapping[str, Any] | None, tied: tuple[str, str] | None
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, Any] | None:
         """Masks that have one for each of the two names, if they have one for any."""
         if masks is None or tied is None:
-            return masks  # type: ignore[return-value]  # agreed_patterns refuses None
+            return masks
         first, last = tied
         either = masks.get(first, masks.get(last))
         return masks if either is None else {first: either, last: either, **masks}

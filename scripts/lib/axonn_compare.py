@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from . import axonn_plot, axonn_report, results
-from .axonn_kinds import KINDS, PROFILED, RELEASED, RELEASED_BF16
+from .axonn_kinds import KINDS, RELEASED, RELEASED_BF16
 from .axonn_report import Grid, Row
 from .bench import LOOPBACK, run_over
 from .compare_report import sentence
@@ -26,7 +26,7 @@ FULL = {
     "layers": 9,
     "width": 512,
     "warm_up": 40,
-    "steps": 24,
+    "steps": 16,
     "tokens": 64,
     "batch": 4,
     "micro_batch": 1,
@@ -121,11 +121,10 @@ NOTES = (
     "compute: forward, loss and backward, with packing and expanding of values. point-to-point: "
     "sending, and waiting for a message that is under way. bubble: waiting for one that the "
     "neighbour has not sent yet. collective: rounding and copying gradients into buckets and "
-    "back, and waiting for what overlap has not hidden. Means over the ranks of medians over "
-    f"{PROFILED} steps, in ms, from a profile by torch.profiler of the spans "
-    "`sparse_comm::axonn.…` and `sparse_comm::reduce.…`; other steps are timed without it. "
-    "collectives under way: while at least one is, hidden or not; where they overlap with "
-    "computing they share the cores with it.",
+    "back, and waiting for what overlap has not hidden. Means over the ranks of medians over the "
+    "timed steps, in ms, from the spans `sparse_comm::axonn.…` and `sparse_comm::reduce.…`, which "
+    "a profile by torch.profiler shows, too. collectives under way: while at least one is, hidden "
+    "or not; where they overlap with computing they share the cores with it.",
     f"Steps of one side come in blocks of {BLOCK}, in an order of sides that changes from block to "
     f"block; the first {UNTIMED} of a block are not timed. All sides see the same batches. step: "
     "of the slowest rank; medians with 95 % bootstrap intervals; ratios are of medians, resampled "

@@ -14,4 +14,3 @@ COMPACT = (COMPACT_AFTER, CACHED, TRANSIENT)
 COMPUTE, POINT_TO_POINT, BUBBLE, COLLECTIVE = "compute", "point-to-point", "bubble", "collective"
 OPTIMIZER = "optimizer"
 PHASES = (COMPUTE, POINT_TO_POINT, BUBBLE, COLLECTIVE, OPTIMIZER)
-PROFILED = 4  # steps of each side whose phases are looked at

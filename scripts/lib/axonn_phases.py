@@ -1,4 +1,4 @@
-"""The phases of a step, from the spans that a profile shows.
+"""The phases of a step, from its spans, which a profile shows, too.
 
 As in Figure 8 of SAMO: *compute*, *point-to-point* (sending, and waiting for a message that is
 under way), *bubble* (waiting for one that is not), *collective* (packing gradients for it, and
@@ -11,10 +11,9 @@ from typing import Any
 
 from .axonn_kinds import BUBBLE, COLLECTIVE, COMPUTE, OPTIMIZER, POINT_TO_POINT
 
-PREFIX = "sparse_comm::"
-STEP = "step"
 PASSES = ("axonn.forward", "axonn.loss", "axonn.backward")
 SEND, WAIT, REDUCE = "axonn.send", "axonn.wait", ("reduce.compress", "reduce.all_reduce")
+STEP = "optimizer"
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,6 @@ class Span:
     @property
     def length(self) -> float:
         return self.end - self.start
-
-
-def spans_of(profile: Any) -> list[list[Span]]:
-    """The spans of each profiled step, in the order of their starts.
-
-    Args:
-        profile: of torch.profiler, ended; each step was a ``record_function("step")``.
-    """
-    origin = profile.profiler.kineto_results.trace_start_ns() / 1e9
-    found = []
-    for event in profile.events():
-        name = event.name.removeprefix(PREFIX)
-        if name != event.name or name == STEP or name.startswith("Optimizer.step"):
-            start, end = event.time_range.start / 1e6, event.time_range.end / 1e6
-            found.append(Span(name, origin + start, origin + end))
-    found.sort(key=lambda span: span.start)
-    steps = [span for span in found if span.name == STEP]
-    return [
-        [span for span in found if step.start <= span.start and span.end <= step.end]
-        for step in steps
-    ]
 
 
 def phases(step: Sequence[Span], arriving: Mapping[str, Sequence[Span]]) -> dict[str, float]:
@@ -67,11 +45,12 @@ def phases(step: Sequence[Span], arriving: Mapping[str, Sequence[Span]]) -> dict
         BUBBLE: 0.0,
         COLLECTIVE: _sum(s for s in step if s.name == "axonn.collective")
         + _sum(s for s in nested if s.name in REDUCE),
-        OPTIMIZER: _sum(s for s in step if s.name.startswith("Optimizer.step")),
+        OPTIMIZER: _sum(s for s in step if s.name == STEP),
     }
-    taken = {kind: 0 for kind in arriving}
+    taken = dict.fromkeys(arriving, 0)
     for wait in (span for span in step if span.name == WAIT):
-        kind = next(s.name for s in step if s.name in arriving and s.start >= wait.end)
+        after = (s for s in step if s.name in PASSES and s.start >= wait.end)
+        kind = min(after, key=lambda s: s.start).name
         message = arriving[kind][taken[kind]]
         taken[kind] += 1
         under_way = min(max(wait.end - message.start, 0.0), wait.length)

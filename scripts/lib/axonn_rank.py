@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from axonn import axonn as ax
 from sparse_comm.integrations import axonn as sparse_axonn
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, record_function
 
 import sparse_comm
 from baselines.axonn import ReleasedEngine
+from sparse_comm.reduce.span import observe_spans
 
 from . import axonn_phases
 from .axonn_kinds import (
@@ -26,7 +26,6 @@ from .axonn_kinds import (
     COMPACT_AFTER,
     KINDS,
     MASKED,
-    PROFILED,
     RELEASED,
     RELEASED_BF16,
 )
@@ -96,8 +95,6 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
         block = range(first, min(first + BLOCK, job["steps"]))
         for side in Random(first).sample(sides, len(sides)):  # alike on all ranks
             train(side, block, job, data)
-    for side in sides:
-        side.look_at_phases(job, data)
     facts["sides"] = [side.facts(masks) for side in sides]
     sparse_axonn.shutdown()
     leave()
@@ -132,12 +129,12 @@ class Side:
         self.engine = make_engine(kind, self.stage, masks, job)
         groups = sparse_comm.param_groups(self.stage, WEIGHT_DECAY)
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+        self._watch_optimizer()
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.collective: list[float] = []  # s a step, waited for; of released engines
         self.sent: list[float] = []
         self.spans: list[list[axonn_phases.Span]] = []
-        self.stats: dict[str, Any] = {}
+        self._own: list[axonn_phases.Span] = []  # of the step that is on
 
     def step(self, number: int, job: dict, data: Data, timed: bool) -> None:
         """One step on batch ``number``, after the ranks have met."""
@@ -145,33 +142,36 @@ class Side:
         ax.config.micro_batch_size = job["micro_batch"]
         self.optimizer.zero_grad()
         dist.barrier()
+        self._own = []
+        ignore = observe_spans(lambda *span: self._own.append(axonn_phases.Span(*span)))
         start = time.perf_counter()
         loss = self.engine.forward_backward_optimizer(tokens, targets, self.optimizer)
         seconds = time.perf_counter() - start
+        ignore()
         self.losses.append(loss)
         if timed:
             self.seconds.append(seconds)
+            self.spans.append(sorted(self._own, key=lambda span: span.start))
         elif not isinstance(self.engine, ReleasedEngine) and len(self.losses) == UNTIMED:
             self.engine.reset_stats()
 
-    def look_at_phases(self, job: dict, data: Data) -> None:
-        """Profile some more steps."""
-        if not isinstance(self.engine, ReleasedEngine):
-            self.stats = self.engine.stats()  # before the profiler slows what it times
-        losses = list(self.losses)
-        self.step(job["steps"], job, data, timed=False)  # caches are warm again
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
-            for number in range(PROFILED):
-                dist.barrier()
-                with record_function(axonn_phases.STEP):
-                    self.step(job["steps"] + 1 + number, job, data, timed=False)
-        self.losses = losses
-        self.spans = axonn_phases.spans_of(profile)
+    def _watch_optimizer(self) -> None:
+        began: list[float] = []
+
+        def before(*_: Any) -> None:
+            began.append(time.perf_counter())
+
+        def after(*_: Any) -> None:
+            end = time.perf_counter()
+            self._own.append(axonn_phases.Span(axonn_phases.STEP, began.pop(), end))
+
+        self.optimizer.register_step_pre_hook(before)
+        self.optimizer.register_step_post_hook(after)
 
     def facts(self, masks: Mapping[str, Tensor]) -> dict:
         state = sparse_comm.dense_state_dict(self.stage)
         left = sum(int(state[n][~m].count_nonzero()) for n, m in masks.items() if n in state)
-        stats = self.stats
+        stats = {} if isinstance(self.engine, ReleasedEngine) else self.engine.stats()
         payload = stats["bytes_sent"] if stats else self.engine.bytes_sent
         return {
             "kind": self.kind,

@@ -123,7 +123,7 @@ def _slowest(sides: Sequence[dict]) -> list[float]:
 
 
 def _phases(ranks: Sequence[dict], sides: Sequence[dict]) -> list[Phases]:
-    """Of each rank, medians over the profiled steps."""
+    """Of each rank, medians over the timed steps."""
     at = {(rank["replica"], rank["stage"]): n for n, rank in enumerate(ranks)}
     spans = [[[Span(*span) for span in step] for step in facts["spans"]] for facts in sides]
     found = []

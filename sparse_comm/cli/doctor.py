@@ -39,7 +39,7 @@ FRAMEWORKS = {  # by package, what one without tests is to sparse_comm
     "deepspeed": "",
     "axonn": "",
     "transformers": "",
-    "lightning": "no integration, no tests",
+    "lightning": "",
     "accelerate": "",
     "peft": "",
     "triton": "not used by sparse_comm",
@@ -221,20 +221,17 @@ def _mpi() -> Check:
 
 
 def _framework(package: str, role: str) -> Check:
-    names = (package, "pytorch-lightning") if package == "lightning" else (package,)
     bounds = BOUNDS.get(package, "")
     fix = ""  # nothing is gained by those without tests yet
     if package in TESTED:
         fix = f'pip install "{package}{bounds}"' if bounds else f"pip install {package}"
-    for name in names:
-        version = installed(name)
-        if version is None:
-            continue
-        if bounds and not within(version, bounds):
-            note = f"the integration works with {bounds} only"
-            return Check("frameworks", package, "untested", version, note, fix)
-        return _judged("frameworks", package, version, role or _tests_run_with(package))
-    return Check("frameworks", package, "absent", "", role, fix)
+    version = installed(package)
+    if version is None:
+        return Check("frameworks", package, "absent", "", role, fix)
+    if bounds and not within(version, bounds):
+        note = f"the integration works with {bounds} only"
+        return Check("frameworks", package, "untested", version, note, fix)
+    return _judged("frameworks", package, version, role or _tests_run_with(package))
 
 
 def _gpu() -> Check:

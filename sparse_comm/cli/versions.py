@@ -24,6 +24,7 @@ TESTED = {
     "deepspeed": ("0.19",),
     "axonn": ("0.2",),
     "mpi4py": ("4.1",),
+    "lightning": ("2.6",),
 }
 
 # Of frameworks whose insides are relied upon, what setup.cfg's extras require: outside of it their
