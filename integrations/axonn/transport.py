@@ -7,6 +7,7 @@ So nothing but the tensors travels.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures as futures
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -70,8 +71,9 @@ def _bytes(tensor: Tensor) -> Any:
 class TorchTransport:
     """gloo's point-to-point messages, over a process group of the pipeline's own.
 
-    gloo does not say whether a message has arrived but to whoever waits for it: for each neighbour
-    and direction a thread does.
+    gloo does not say whether a message is done but to whoever waits for it. So threads wait, one a
+    neighbour and direction, but only where nothing else will do: a stage that has one neighbour to
+    hear from waits itself, and what a stage has sent is looked after many messages at a time.
 
     Args:
         group: the ranks of the pipeline, in the order of the stages.
@@ -80,48 +82,108 @@ class TorchTransport:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
-        self._threads: dict[tuple[str, int], futures.ThreadPoolExecutor] = {}
+        self._sending: dict[int, _Leaving] = {}
+        self._threads: dict[int, futures.ThreadPoolExecutor] = {}
 
     def send(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
         work = dist.isend(tensor, self._ranks[stage], group=self._group)
-        assert work is not None  # for which a rank would have to be outside of the group
-        return _Waited(self._thread("send", stage).submit(work.wait))
+        if stage not in self._sending:
+            self._sending[stage] = _Leaving(stage)
+        return _Sent(work, self._sending[stage])
 
     def receive(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
         work = dist.irecv(tensor, self._ranks[stage], group=self._group)
-        assert work is not None
-        return _Waited(self._thread("receive", stage).submit(work.wait))
+        if stage not in self._threads:
+            self._threads[stage] = _thread("receive", stage)
+        return _Awaited(work, self._threads[stage])
 
     def first(self, requests: Sequence[Any]) -> int:
         """See Transport."""
-        futures.wait([r.future for r in requests], return_when=futures.FIRST_COMPLETED)
-        number = next(n for n, request in enumerate(requests) if request.future.done())
+        number = 0
+        if len(requests) > 1:
+            pending = [request.in_thread() for request in requests]
+            futures.wait(pending, return_when=futures.FIRST_COMPLETED)
+            number = next(n for n, future in enumerate(pending) if future.done())
         requests[number].Wait()
         return number
 
-    def _thread(self, direction: str, stage: int) -> futures.ThreadPoolExecutor:
-        key = (direction, stage)
-        if key not in self._threads:
-            name = f"sparse_comm-{direction}-{stage}"
-            self._threads[key] = futures.ThreadPoolExecutor(1, thread_name_prefix=name)
-        return self._threads[key]
 
+class _Awaited:
+    """A message that is to come."""
 
-class _Waited:
-    """A message that a thread waits for."""
+    __slots__ = ("_future", "_thread", "_work")
 
-    __slots__ = ("future",)
+    def __init__(self, work: Any, thread: futures.ThreadPoolExecutor) -> None:
+        self._work, self._thread = work, thread
+        self._future: futures.Future[Any] | None = None
 
-    def __init__(self, future: futures.Future[Any]) -> None:
-        self.future = future
+    def in_thread(self) -> futures.Future[Any]:
+        """Let the thread wait for it."""
+        if self._future is None:
+            self._future = self._thread.submit(self._work.wait)
+        return self._future
 
     def Wait(self) -> None:
-        self.future.result()
+        self._work.wait() if self._future is None else self._future.result()
 
     def Test(self) -> bool:
-        if not self.future.done():
-            return False
-        self.future.result()  # raises what the thread met
-        return True
+        return self.in_thread().done()
+
+
+class _Leaving:
+    """Messages to one neighbour, which leave in their order.
+
+    Attributes:
+        waiting: of which no thread knows.
+        job: a thread's, for those before; None if there is none.
+    """
+
+    def __init__(self, stage: int) -> None:
+        self._thread = _thread("send", stage)
+        self.waiting: collections.deque[_Sent] = collections.deque()
+        self.job: futures.Future[None] | None = None
+
+    def poll(self) -> None:
+        """Let a thread wait for all that wait now, unless one is at it."""
+        if self.job is not None and self.job.done():
+            self.job.result()  # raises what the thread met
+            self.job = None
+        if self.job is None and self.waiting:
+            batch = list(self.waiting)
+            self.waiting.clear()
+            self.job = self._thread.submit(_wait_for, batch)
+
+
+class _Sent:
+    """A message that leaves, or has left."""
+
+    __slots__ = ("_leaving", "left", "work")
+
+    def __init__(self, work: Any, leaving: _Leaving) -> None:
+        self.work, self._leaving, self.left = work, leaving, False
+        leaving.waiting.append(self)
+
+    def Wait(self) -> None:
+        while not self.left:
+            if self._leaving.job is not None:
+                self._leaving.job.result()
+                self._leaving.job = None
+            else:
+                _wait_for([self._leaving.waiting.popleft()])
+
+    def Test(self) -> bool:
+        if not self.left:
+            self._leaving.poll()
+        return self.left
+
+
+def _wait_for(batch: Sequence[_Sent]) -> None:
+    for sent in batch:
+        sent.work.wait()
+        sent.left = True
+
+
+def _thread(direction: str, stage: int) -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(1, thread_name_prefix=f"sparse_comm-{direction}-{stage}")

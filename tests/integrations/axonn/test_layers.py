@@ -27,12 +27,7 @@ MODES = ("cached", "transient")
 # Sizes of grids by world size.
 GRIDS: dict[int, list[dict[str, int]]] = {
     2: [{"G_intra_r": 2}, {"G_intra_c": 2}, {"G_intra_d": 2}, {"G_data": 2}],
-    4: [
-        {"G_intra_r": 2, "G_intra_c": 2},
-        {"G_intra_r": 2, "G_intra_d": 2},
-        {"G_intra_c": 2, "G_data": 2},
-        {"G_intra_d": 2, "G_data": 2},
-    ],
+    4: [{"G_intra_r": 2, "G_intra_d": 2}, {"G_intra_c": 2, "G_data": 2}],
 }
 BATCH = 16
 
