@@ -86,10 +86,20 @@ class _Held:
             dense = cut(self._layer, self._attribute, dense)
         return dense if self.pattern is None else kernels.pack(dense, self.pattern)
 
+    def saved_shape(self, pattern: SparsityPattern | None) -> torch.Size:
+        """What a checkpoint has of it, saved with a pattern, or dense."""
+        if pattern is not None:
+            return torch.Size((pattern.nnz,))
+        if self._layer is not None:
+            return full_shape(self._layer, self._attribute)
+        return self.parameter.shape if self.pattern is None else torch.Size(self.pattern.shape)
+
     def fits(self, pattern: SparsityPattern | None) -> bool:
         """Whether the pattern with which it was saved is this one, as far as this rank goes."""
         if pattern is None or self.pattern is None:
             return True
+        if self._layer is not None and pattern.shape != full_shape(self._layer, self._attribute):
+            return False
         if self._layer is None:
             return pattern == self.pattern
         return SparsityPattern(cut(self._layer, self._attribute, pattern.to_mask())) == self.pattern
@@ -104,6 +114,7 @@ def save_checkpoint(
     """See ``InterLayerEngine.save_checkpoint``."""
     folder = Path(path)
     held = on_all_ranks(lambda: list(_held(engine)))
+    on_all_ranks(lambda: json.dumps([extra, [_options(g) for g in optimizer.param_groups]]))
     _check_names(engine, held)
     state: dict[str, Tensor] = {}
     masks: dict[str, SparsityPattern] = {}
@@ -121,7 +132,7 @@ def save_checkpoint(
         state[f"model.{name}"] = buffer
     names = {id(one.parameter): one.name for one in held}
     for group in optimizer.param_groups:
-        own = {k: _plain(v) for k, v in group.items() if k != "params"}
+        own = _options(group)
         options |= {names[id(p)]: own for p in group["params"] if id(p) in names}
     on_all_ranks(lambda: _prepare(folder))
     dcp.save(dict(state), checkpoint_id=folder)
@@ -221,7 +232,8 @@ def _buffers(engine: InterLayerEngine) -> list[tuple[str, Tensor]]:
 
 def _check_names(engine: InterLayerEngine, held: list[_Held]) -> None:
     """Refuse stages that use the same names for different parameters. A collective."""
-    mine = (config.inter_layer_parallel_rank, [one.name for one in held])
+    names = [*(one.name for one in held), *(name for name, _ in _buffers(engine))]
+    mine = (config.inter_layer_parallel_rank, names)
     stage_of: dict[str, int] = {}
     twice = [
         name
@@ -233,8 +245,8 @@ def _check_names(engine: InterLayerEngine, held: list[_Held]) -> None:
     def check() -> None:
         if twice:
             raise ValueError(
-                f"two stages have a parameter {twice[0]!r}: give InterLayerEngine(…, names=…) what "
-                "makes the names of the whole model of them, by which checkpoints go"
+                f"two stages have a parameter or buffer {twice[0]!r}: give InterLayerEngine(…, "
+                "names=…) what makes the names of the whole model of them, by which checkpoints go"
             )
 
     on_all_ranks(check)
@@ -265,17 +277,22 @@ def _check(
     masks: Mapping[str, SparsityPattern],
 ) -> None:
     """Refuse, before anything is loaded, what does not fit."""
-    names = [name for name, _ in _buffers(engine)]
+    shapes = {name: buffer.shape for name, buffer in _buffers(engine)}
     for one in held:
         there = _saved_name(engine, one.name, saved)
-        names.append(there)
+        shapes[there] = one.saved_shape(masks.get(there))
         if not one.fits(masks.get(there)):
             raise ValueError(
                 f"the masks of the checkpoint and of the engine differ in {one.name!r}: make the "
                 f"engine with the checkpoint's own, sparse_comm.load_masks(folder / {_MASKS!r})"
             )
-    for name in names:
-        if f"model.{name}" not in saved:
+    for name, shape in shapes.items():
+        meta = saved.get(f"model.{name}")
+        if meta is not None and meta.size != shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(meta.size)} in the checkpoint, expected {tuple(shape)}"
+            )
+        if meta is None:
             raise ValueError(
                 f"the checkpoint has no {name!r}: it is of another model, or names of its engine "
                 "and of this one differ (InterLayerEngine(…, names=…))"
@@ -297,6 +314,7 @@ def _load_state(
         if value.shape == shape and value.dim():
             value = one.part(value, pattern).to(one.parameter.device)
         own[key.removeprefix(prefix)] = value
+    optimizer.state.pop(one.parameter, None)
     if own:
         optimizer.state[one.parameter] = own
 
@@ -325,5 +343,11 @@ def _like(own: Any) -> Callable[[Any], Any]:
     return tuple if isinstance(own, tuple) else lambda value: value
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a group of the optimizer; without what names its parameters."""
+    left_out = ("params", "param_names")
+    return {
+        name: value.item() if isinstance(value, Tensor) else value
+        for name, value in group.items()
+        if name not in left_out
+    }

@@ -35,7 +35,8 @@ def make_compact(
         optimizer: built on the model's parameters, to be carried over; or None.
 
     Raises:
-        ValueError, TypeError, RuntimeError: on all ranks, which then have their models as before.
+        ValueError, TypeError, RuntimeError: on all ranks; where masks do not fit or differ, before
+            any model changes.
     """
     patterns = agreed_patterns(model, masks, there)
     on_all_ranks(lambda: compact_by(model, patterns, weights, None, optimizer))

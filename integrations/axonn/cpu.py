@@ -31,18 +31,25 @@ def on_cpu() -> Iterator[None]:
 
     Source: ours.
     """
-    before = [
-        (module, name, vars(module)[name], value)
-        for module, names in _names().items()
-        for name, value in names.items()
-    ]
-    for module, name, _, value in before:
-        setattr(module, name, value)
+    global _depth
+    if _depth == 0:
+        for module, names in _names().items():
+            _before.extend((module, name, vars(module)[name]) for name in names)
+            for name, value in names.items():
+                setattr(module, name, value)
+    _depth += 1
     try:
         yield
     finally:
-        for module, name, old, _ in before:
-            setattr(module, name, old)
+        _depth -= 1
+        if _depth == 0:
+            for module, name, old in _before:
+                setattr(module, name, old)
+            _before.clear()
+
+
+_depth = 0  # of contexts, which need not be left in the order in which they were entered
+_before: list[tuple[Any, str, Any]] = []  # what the names meant
 
 
 def _names() -> dict[Any, dict[str, Any]]:

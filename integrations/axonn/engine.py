@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_sync import gather, on_all_ranks
-from sparse_comm.reduce import Reduction
+from sparse_comm.reduce import GradientBuckets, Reduction
 
-from .averaging import make_buckets
+from .agreement import agreed_count
+from .averaging import agreed_cap_mb, make_buckets, trained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compacting import make_compact
+from .layers import refuse_unscattered
 from .masks import Names, whole_names
 from .modules import config, inter_layer, intra_layer, overlap_communication
 from .span import span
@@ -57,13 +59,15 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         optimizer: one that was built on the stage's parameters before, to be carried over.
         names: the name in the whole model of each parameter and buffer of the stage, as a function
             of its name in the stage, or a mapping; not needed where they are the same. Masks,
-            ``tied`` and checkpoints go by the names of the whole model.
+            ``tied`` and checkpoints go by the names of the whole model. Without it, masks may also
+            go by the names of the stages, of which several may then use one name.
         micro_batch_size: samples of a micro-batch; that of AxoNN's ``create_dataloader`` if not
             given.
         tied: (name of a parameter of the first stage, name of one of the last stage): they start
             with the first's values, and their gradients are summed.
         reduce_dtype: what gradients travel in. Not given, it is the computation dtype if sparse,
-            and the gradients' own, as in AxoNN, if not.
+            and the gradients' own, as in AxoNN, if not. (In float16 those above 65504, loss scale
+            included, overflow on the way; AxoNN's are in fp32.)
         bucket_cap_mb: MiB of a bucket; from the link's measured speed if not given.
         overlap: whether gradients are averaged while backward goes on; losses are the same.
         stats: whether ``stats()`` has figures.
@@ -96,12 +100,20 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         stats: bool = False,
     ) -> None:
         self._state = state()
-        if micro_batch_size is not None:
-            config.micro_batch_size = micro_batch_size
         on_all_ranks(lambda: _check(model, computation_dtype, sparse, masks))
+        _compare_options(
+            sparse=sparse,
+            computation_dtype=computation_dtype,
+            micro_batch_size=micro_batch_size,
+            tied=tied,
+            reduce_dtype=reduce_dtype,
+            bucket_cap_mb=bucket_cap_mb,
+        )
         super().__init__(model, loss_fn, computation_dtype)
+        self.micro_batch_size = micro_batch_size
         self.names = on_all_ranks(lambda: whole_names(model, names))
         _check_shapes(model)
+        refuse_unscattered(model)
         if sparse:
             given = TiedStages.with_both_masks(masks, tied)
             make_compact(model, given, self.names, weights, optimizer)
@@ -110,11 +122,15 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             reduce_dtype = computation_dtype
         self.overlap = overlap
         self.reduction = Reduction(reduce_dtype, stats=stats)
-        self._buckets = make_buckets(model, self.names, self.reduction, bucket_cap_mb)
+        if bucket_cap_mb is None:
+            bucket_cap_mb = agreed_cap_mb(model, self.reduction)
+        self._cap_mb = bucket_cap_mb
+        self._trained = trained(model)
+        self._buckets = on_all_ranks(self._make_buckets)
         self._count = 0  # micro-batches of this batch
         self._arrived = {"fw": 0, "bw": 0}  # messages of this batch
         self._evaluates = False
-        self._failed = False
+        self._reduces_late = False
 
     def stats(self) -> dict[str, Any]:
         """What averaging gradients cost on this rank, as ``Reduction.stats()``: by the step.
@@ -199,12 +215,23 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             The mean loss of the micro-batches on the last stage, 0 on the others.
 
         Raises:
-            ValueError: the micro-batch size is unknown, or does not divide the batch.
+            ValueError: on all ranks: the micro-batch size is unknown, or does not divide the
+                batch of some rank; stages of a pipeline with different numbers of micro-batches.
             RuntimeError: an earlier step has failed, so that messages of it may be under way.
         """
-        self._count = self._micro_batches(batch, labels)
         if optimizer is None and not eval_mode:
             raise TypeError("training needs the optimizer; without one, give eval_mode=True")
+        if self._state.stepping:
+            raise RuntimeError(
+                "an earlier step has failed, and what other stages sent for it may be under way: "
+                "start the program anew, from a checkpoint"
+            )
+        if self.micro_batch_size is not None:
+            config.micro_batch_size = self.micro_batch_size
+        self._count = agreed_count(lambda: self._micro_batches(batch, labels), eval_mode)
+        if trained(self.model) != self._trained:  # some were frozen, or no longer are
+            self._trained = trained(self.model)
+            self._buckets = self._make_buckets()
         self._arrived = {"fw": 0, "bw": 0}
         self._evaluates = eval_mode
         self._reduces_late = post_bw_hook is not None
@@ -217,7 +244,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
                 self._buckets.reduce()
             self._average()
 
-        self._failed = True
+        self._state.stepping = True
         with intra_layer.no_grad_sync():  # which AxoNN would do here
             loss: float = super().forward_backward_optimizer(
                 batch,
@@ -226,28 +253,29 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
                 eval_mode,
                 None if eval_mode else finish,
             )
-        self._failed = False
+        self._state.stepping = False
         return loss
 
     def _micro_batches(self, batch: Tensor, labels: Any) -> int:
         size = config.micro_batch_size
-        if self._failed:
-            raise RuntimeError(
-                "an earlier step of this engine has failed, and what other stages sent for it may "
-                "be under way: start the program anew, from a checkpoint"
-            )
         if size < 1:
             raise ValueError(
                 "the size of a micro-batch is unknown: give InterLayerEngine(…, "
                 "micro_batch_size=…), or make the loader by AxoNN's create_dataloader"
             )
-        for what, number in (("batch", len(batch)), ("labels", len(labels))):
+        given = [("batch", len(batch))]
+        if config.inter_layer_parallel_rank == config.G_inter - 1:  # which alone reads them
+            given.append(("labels", len(labels)))
+        for what, number in given:
             if number == 0 or number % size or number != len(batch):
                 raise ValueError(
                     f"{what} of {number} samples: expected a multiple of the micro-batch size "
                     f"{size}" + (f", as many as the batch has, {len(batch)}" * (what == "labels"))
                 )
         return len(batch) // size
+
+    def _make_buckets(self) -> GradientBuckets:
+        return make_buckets(self.model, self.names, self.reduction, self._cap_mb)
 
     def _average(self) -> None:
         with span("collective"):
@@ -288,6 +316,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
 
     def _clear_transit_tensors(self, clear_all: bool = False) -> None:
         if not clear_all:
+            if self._evaluates and len(self.transit_tensors) == config.G_inter:
+                self.transit_tensors[0][0].Wait()  # AxoNN would look again and again
             super()._clear_transit_tensors()
             return
         with span("send"):  # the last messages leave
@@ -320,6 +350,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
     ) -> tuple[int, Any]:
         """Wait for the next message of either kind, and do the pass that it allows."""
         kinds = [kind for kind in ("fw", "bw") if self.requests[kind] is not None]
+        if len(kinds) == 2 and config.G_intra > 1:
+            kinds = [self._next_by_schedule()]
         assert self._state.transport is not None
         with span("wait"):
             first = self._state.transport.first([self.requests[kind][1] for kind in kinds])
@@ -337,6 +369,16 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             self._post_bw_recv_requests()
         self._backward_pass(tensor, number)
         return number, inter_layer.Operation.BW
+
+    def _next_by_schedule(self) -> str:
+        """Which of two messages to wait for, where ranks that share a layer must choose alike.
+
+        AxoNN takes what comes first, which may differ between them. This is the order of 1F1B
+        (Narayanan et al., 2021), in which the first stage injects micro-batches, too.
+        """
+        forward, backward = self._arrived["fw"], self._arrived["bw"]
+        most = config.G_inter - config.inter_layer_parallel_rank  # under way from this stage on
+        return "fw" if forward < self._count and forward - backward < most else "bw"
 
     # ---------------------------------------------------------------- fp16
 
@@ -400,15 +442,28 @@ def _check(model: Any, dtype: Any, sparse: bool, masks: Any) -> None:
                 )
 
 
+def _compare_options(**options: Any) -> None:
+    """Refuse engines whose options differ between ranks, which would not meet. A collective."""
+    said = gather({name: str(value) for name, value in options.items()})
+    for name in options:
+        values = list(dict.fromkeys(own[name] for own in said))
+        if len(values) > 1:
+            raise ValueError(f"{name} differs between ranks: {' and '.join(values)}")
+
+
 def _check_shapes(model: nn.Module) -> None:
     """Refuse stages that would not understand each other. A collective."""
     if config.G_inter == 1:
         return
     stage = config.inter_layer_parallel_rank
-    # The first stage gets no activations, and the last no gradients, so theirs are not looked at.
-    into = None if stage == 0 else tuple(model.get_input_shape())  # type: ignore[operator]
-    out = None if stage == config.G_inter - 1 else tuple(model.get_output_shape())  # type: ignore[operator]
-    shapes = dict(gather((stage, (into, out)), state().pipeline))
+
+    def own() -> tuple[Any, Any]:
+        # The first gets no activations, and the last no gradients: theirs are not looked at.
+        into = None if stage == 0 else tuple(model.get_input_shape())  # type: ignore[operator]
+        last = stage == config.G_inter - 1
+        return into, None if last else tuple(model.get_output_shape())  # type: ignore[operator]
+
+    shapes = dict(gather((stage, on_all_ranks(own)), state().pipeline))
     wrong = [
         f"stage {n} gives {shapes[n][1]}, stage {n + 1} takes {shapes[n + 1][0]}"
         for n in range(config.G_inter - 1)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sparse_comm.compact.slot import Mode
 from sparse_comm.reduce import GradientBuckets, Reduction
 
-from .averaging import make_buckets
+from .averaging import agreed_cap_mb, make_buckets, trained
 from .compacting import make_compact
+from .layers import refuse_unscattered
 from .masks import whole_names
 from .modules import intra_layer
 from .start import init
@@ -75,7 +76,8 @@ class FabricStrategy(AxonnStrategy):
             raise ValueError("masks are given, but not sparse=True")
         self._sparse, self._masks, self._weights = sparse, masks, weights
         self._reduce_dtype, self._cap_mb, self._overlap = reduce_dtype, bucket_cap_mb, overlap
-        self._buckets: WeakKeyDictionary[nn.Module, GradientBuckets] = WeakKeyDictionary()
+        self._buckets: WeakKeyDictionary[nn.Module, tuple[list[int], GradientBuckets]]
+        self._buckets = WeakKeyDictionary()
 
     def _setup_distributed(self) -> None:
         """As AxoNN's, by our ``init``."""
@@ -117,20 +119,34 @@ class FabricStrategy(AxonnStrategy):
             there = whole_names(module, None)
             make_compact(module, self._masks, there, self._weights, self._optimizer)
         module = super().setup_module(module)
-        reduction = Reduction(self._reduce_dtype)
-        buckets = make_buckets(module, whole_names(module, None), reduction, self._cap_mb)
+        refuse_unscattered(module)
+        if self._cap_mb is None:
+            self._cap_mb = agreed_cap_mb(module, Reduction(self._reduce_dtype))
+        self._make_buckets(module)
+        return module
+
+    def _make_buckets(self, module: nn.Module) -> GradientBuckets:
+        buckets = make_buckets(
+            module,
+            whole_names(module, None),
+            Reduction(self._reduce_dtype),
+            self._cap_mb or 1.0,
+            own_batches=True,
+        )
         # Its own overlap gives weights their gradients after backward has passed them.
         buckets.overlap = self._overlap and not self.overlap_communication
-        self._buckets[module] = buckets
-        return module
+        self._buckets[module] = (trained(module), buckets)
+        return buckets
 
     def backward(self, tensor: Tensor, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Average gradients unless ``fabric.no_backward_sync`` says that more are to come."""
-        buckets = self._buckets.get(module)
+        known, buckets = self._buckets.get(module, (None, None))
         if buckets is None:
             raise ValueError(
                 "fabric.backward(loss, model=model) needs the model that fabric.setup gave back"
             )
+        if trained(module) != known:  # some were frozen, or no longer are
+            buckets = self._make_buckets(module)
         last = not intra_layer.NO_GRADIENT_SYNC
         with intra_layer.no_grad_sync(), buckets.backward(last):
             super().backward(tensor, module, *args, **kwargs)

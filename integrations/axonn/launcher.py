@@ -30,9 +30,10 @@ class Launch:
     """How this process was started.
 
     Attributes:
-        by: "torchrun", "mpirun", "nothing", or "process group" if there was one already.
-        rank: this process's number; 0 of 1 if nothing started it.
-        world_size: number of processes.
+        by: "torchrun", "mpirun" or "nothing".
+        rank: this process's number; 0 of 1 if nothing started it. That of the process group, if
+            there is one already.
+        world_size: number of processes, likewise.
     """
 
     by: str
@@ -42,19 +43,27 @@ class Launch:
 
 def launched() -> Launch:
     """Found out without communication."""
+    by, rank, world_size = _by_environment()
     if dist.is_initialized():
-        return Launch("process group", dist.get_rank(), dist.get_world_size())
-    for rank, size in _MPI_NAMES:
-        if rank in os.environ and size in os.environ:
-            return Launch("mpirun", int(os.environ[rank]), int(os.environ[size]))
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Launch("torchrun", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return Launch("nothing", 0, 1)
+        return Launch(by, dist.get_rank(), dist.get_world_size())
+    return Launch(by, rank, world_size)
+
+
+def _by_environment() -> tuple[str, int, int]:
+    env = os.environ
+    # torchrun first: it may itself have been started by a launcher of MPI, one a machine.
+    of_mpi = [(rank, size) for rank, size in _MPI_NAMES if rank in env and size in env]
+    if "TORCHELASTIC_RUN_ID" not in env and of_mpi:
+        rank, size = of_mpi[0]
+        return "mpirun", int(env[rank]), int(env[size])
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return "torchrun", int(env["RANK"]), int(env["WORLD_SIZE"])
+    return "nothing", 0, 1
 
 
 def start_process_group(launch: Launch, backend: str) -> None:
     """Initialize torch.distributed's default group, unless it is there."""
-    if launch.by == "process group":
+    if dist.is_initialized():
         return
     if launch.by == "torchrun":
         dist.init_process_group(backend)
@@ -98,10 +107,22 @@ def _mpi_world() -> Any:
     return mpi.COMM_WORLD
 
 
-def finalize_mpi() -> None:
-    """Finish MPI: Open MPI counts a process that ends without as failed."""
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
+def finalize_mpi(failed: bool) -> None:
+    """Finish MPI: Open MPI counts a process that ends without as failed.
+
+    Args:
+        failed: whether this process left a step in its middle; others may then wait for it, and it
+            would wait for them.
+    """
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    if failed:
+        mpi.COMM_WORLD.Abort(1)
+    mpi.Finalize()
+
+
+def _is_running(mpi: Any) -> bool:
+    return bool(mpi.Is_initialized() and not mpi.Is_finalized())
 
 
 def bring_all_down_on_errors(launch: Launch) -> None:
@@ -123,7 +144,7 @@ def bring_all_down_on_errors(launch: Launch) -> None:
             traceback.print_exception(kind, error, where)
         sys.stdout.flush()
         sys.stderr.flush()
-        if mpi is not None and mpi.Is_initialized() and launch.by == "mpirun":
+        if launch.by == "mpirun" and mpi is not None and _is_running(mpi):
             mpi.COMM_WORLD.Abort(1)
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 

@@ -7,7 +7,8 @@ gradients are averaged:
 - layers in *expert mode* see the same part on all ranks of one replica and depth;
 - other ``Linear`` layers, those of ``auto_parallelize()``, take whatever part each rank has, and
   send it around: each rank may have its own, and counts as a replica;
-- ``Conv2d`` takes the same batch on all ranks of a replica, and spreads it over the depths itself;
+- ``Conv2d`` takes the same batch on all ranks of a replica, and spreads it over the depths itself
+  (unless it is called with ``scatter_input=False``, which is refused where that matters);
 - ``Embedding`` looks up the same part on all rows and columns.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .modules import ax, config, fully_connected, intra_communication, intra_layer
 from .modules import embedding as embedding_module
 
-__all__ = ["Axes", "averaging", "cut", "full_shape", "is_parallel", "layers_of", "whole"]
+__all__ = ["Axes", "averaging", "cut", "full_shape", "layers_of", "refuse_unscattered", "whole"]
 
 Axes = frozenset[str]
 
@@ -39,16 +40,19 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def is_parallel(model: nn.Module) -> bool:
-    """Whether the model has tensor-parallel layers."""
-    return next(layers_of(model), None) is not None
-
-
-def averaging(model: nn.Module) -> dict[str, tuple[Axes, int]]:
+def averaging(model: nn.Module, own_batches: bool = False) -> dict[str, tuple[Axes, int]]:
     """By parameter name: axes over whose ranks its gradients are summed, and the divisor.
 
     Names are those of ``named_parameters()``, tied ones once.
+
+    Args:
+        model: with or without parallel layers.
+        own_batches: whether each rank has its own part of the batch, also where no layer says so.
+
+    Raises:
+        ValueError: layers of which some have, and others have not.
     """
+    _refuse_mixed(model)
     sizes = {
         "data": config.G_data,
         "depth": config.G_intra_d,
@@ -60,13 +64,11 @@ def averaging(model: nn.Module) -> dict[str, tuple[Axes, int]]:
         return frozenset(axes), math.prod(sizes[name] for name in (*axes, *summed_already))
 
     own: dict[int, tuple[Axes, int]] = {}
-    batch_is_shared = True  # by all rows and columns, as far as the layers say
+    batch_is_shared = not own_batches  # by all rows and columns, as far as the layers say
     for _, layer in layers_of(model):
-        rows_outside = layer.outer_group is ax.comm_handle.outer_intra_layer_parallel_group
-        inner = "column" if rows_outside else "row"
+        inner = "column" if _has_rows_outside(layer) else "row"
         if isinstance(layer, intra_layer.Conv2d):
             weight = bias = mean("data")
-            batch_is_shared = False
         elif layer.expert_mode or isinstance(layer, intra_layer.Embedding):
             weight = mean("data", summed_already=("depth",))
             bias = mean("data", "depth")
@@ -81,6 +83,49 @@ def averaging(model: nn.Module) -> dict[str, tuple[Axes, int]]:
             own[id(parameters["bias"])] = bias
     others = mean("data", "depth") if batch_is_shared else mean(*sizes)
     return {name: own.get(id(parameter), others) for name, parameter in model.named_parameters()}
+
+
+def _refuse_mixed(model: nn.Module) -> None:
+    if config.G_intra_r * config.G_intra_c == 1:
+        return
+    modes = {
+        bool(layer.expert_mode)
+        for _, layer in layers_of(model)
+        if isinstance(layer, intra_layer.Linear)
+    }
+    if len(modes) == 2:
+        raise ValueError(
+            "the model has AxoNN's Linear layers in expert mode and others: parameters between the "
+            "first may be split over rows and columns, between the others they are not, and "
+            "nothing tells them apart. Use one kind"
+        )
+
+
+def _has_rows_outside(layer: Any) -> bool:
+    """Whether the layer's rows are split over the grid's rows: it is not transposed."""
+    outer = ax.comm_handle.outer_intra_layer_parallel_group
+    inner = ax.comm_handle.inner_intra_layer_parallel_group
+    ranks = dist.get_process_group_ranks(layer.outer_group)
+    if dist.get_process_group_ranks(outer) == dist.get_process_group_ranks(inner):
+        return True  # a grid of one row and one column
+    return ranks == dist.get_process_group_ranks(outer)
+
+
+def refuse_unscattered(model: nn.Module) -> None:
+    """Let convolutions whose depths have different parts of the batch raise: see ``averaging``."""
+
+    def check(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        scatters = kwargs.get("scatter_input", args[1] if len(args) > 1 else True)
+        if not scatters and config.G_intra_d > 1:
+            raise ValueError(
+                "Conv2d was called with scatter_input=False on a grid of several depths: its "
+                "gradients would be averaged as if all depths had the same batch. Leave the "
+                "argument out, or use G_intra_d=1"
+            )
+
+    for _, layer in layers_of(model):
+        if isinstance(layer, intra_layer.Conv2d):
+            layer.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def full_shape(layer: Any, name: str) -> torch.Size:

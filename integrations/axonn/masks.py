@@ -76,7 +76,10 @@ def agreed_patterns(
     digests = {}
     for local, name in there.items():
         digest = patterns[local].digest() if local in patterns else None
-        digests[name + _where(local.rpartition(".")[0] in parallel)] = digest
+        is_parallel = local.rpartition(".")[0] in parallel
+        digests[name + _where(is_parallel)] = digest
+        if is_parallel:  # all parts have a mask, or none
+            digests[name + _where(False)] = None if digest is None else "masked"
     compare_digests(digests, partial=True)
     return patterns
 

@@ -43,6 +43,7 @@ class State:
         transport: of messages between stages; None if there is one stage only.
         groups: of the ranks that differ from this one along the axes of the key only.
         pipeline: the ranks that hold the stages of one replica, in their order.
+        stepping: whether a step is on, or has failed: its messages may be under way.
     """
 
     device: str
@@ -50,6 +51,7 @@ class State:
     groups: dict[frozenset[str], dist.ProcessGroup]
     pipeline: dist.ProcessGroup
     stack: ExitStack
+    stepping: bool = False
 
 
 _state: State | None = None
@@ -83,7 +85,7 @@ def init(
     """AxoNN's ``init``, on CPUs too, under torchrun as under mpirun. A collective of all ranks.
 
     On CPUs AxoNN stays in ``on_cpu()`` from here to ``shutdown()``, and in both cases with its
-    defects mended (docs/axonn.md lists them).
+    defects mended (docs/axonn-defects.md lists them).
 
     Args:
         G_inter: number of pipeline stages.
@@ -121,8 +123,9 @@ def init(
         start_process_group(launch, "gloo" if device == "cpu" else "nccl")
         with _mpi_for_pipelines(transport == "mpi"):
             ax.init(G_inter, G_data, G_intra_r, G_intra_c, G_intra_d, gpus_per_node)
-        pipeline = _group(sizes, frozenset(("inter",)))
-        groups = _groups_to_average(sizes)
+        backend = "gloo" if device == "cpu" else "nccl"
+        pipeline = _group(sizes, frozenset(("inter",)), backend)
+        groups = _groups_to_average(sizes, backend)
         carrier: Transport | None = None
         if G_inter > 1:
             carrier = MPITransport() if transport == "mpi" else TorchTransport(pipeline)
@@ -193,8 +196,8 @@ def _transport(transport: str, launch: Launch, device: str, stages: int) -> str:
         raise RuntimeError(f"G_inter is {stages} and the transport MPI, but {no_mpi}")
     if transport == "mpi" and launch.by == "torchrun":
         raise RuntimeError(
-            "torchrun starts processes of which MPI knows nothing: launch by mpirun, or use "
-            "transport='torch'"
+            "torchrun starts processes of which MPI knows nothing: launch by mpirun"
+            + (", or use transport='torch'" if device == "cpu" else ", or use device='cpu'")
         )
     return transport
 
@@ -214,7 +217,9 @@ def _mpi_for_pipelines(wanted: bool):  # type: ignore[no-untyped-def]
         communication.MPI4PY = before
 
 
-def _groups_to_average(sizes: dict[str, int]) -> dict[frozenset[str], dist.ProcessGroup]:
+def _groups_to_average(
+    sizes: dict[str, int], backend: str
+) -> dict[frozenset[str], dist.ProcessGroup]:
     """By the axes over which gradients are averaged (see layers.py); one object for the same ranks.
 
     A collective.
@@ -231,18 +236,19 @@ def _groups_to_average(sizes: dict[str, int]) -> dict[frozenset[str], dist.Proce
     ):
         key = frozenset(axes) & long
         if key not in made:
-            made[key] = _group(sizes, key)
+            made[key] = _group(sizes, key, backend)
         groups[frozenset(axes)] = made[key]
     return groups
 
 
-def _group(sizes: dict[str, int], axes: frozenset[str]) -> dist.ProcessGroup:
+def _group(sizes: dict[str, int], axes: frozenset[str], backend: str) -> dist.ProcessGroup:
     """The group of the ranks that differ from this one in these axes only. A collective."""
     grid = np.arange(math.prod(sizes.values())).reshape([sizes[name] for name in _AXES])
     varying = [n for n, name in enumerate(_AXES) if name in axes]
     lists = np.moveaxis(grid, varying, range(len(_AXES) - len(varying), len(_AXES)))
     count = math.prod(sizes[name] for name in axes)
-    mine, _ = dist.new_subgroups_by_enumeration(lists.reshape(-1, count).tolist())
+    ranks = lists.reshape(-1, count).tolist()
+    mine, _ = dist.new_subgroups_by_enumeration(ranks, backend=backend)
     assert mine is not None
     return mine
 
@@ -256,5 +262,5 @@ def _at_exit(launch: Launch) -> None:
     if _ending:
         return
     _ending = True
-    atexit.register(finalize_mpi)
+    atexit.register(lambda: finalize_mpi(failed=_state is not None and _state.stepping))
     bring_all_down_on_errors(launch)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_comm.compact.convert import values_changed
+from sparse_comm.compact.convert import patterns_of, values_changed
 from sparse_comm.mask_sync import gather, on_all_ranks
 from sparse_comm.reduce import Reduction
 
+from .layers import layers_of
 from .modules import config
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class TiedStages:
         state: of ``init``.
 
     Raises:
-        ValueError: on all ranks: no such parameters, or of different shapes.
+        ValueError: on all ranks: no such parameters, or of different shapes, dtypes or masks.
 
     Source: the sum is that of Megatron-LM (Shoeybi et al., 2019); of values only, ours.
     """
@@ -53,7 +54,7 @@ class TiedStages:
             if dist.get_rank() in pair:
                 mine = group
         self._group = mine
-        _check_shapes(self._parameter, tied, state)
+        _check_alike(model, self._parameter, tied, state)
         if self._parameter is not None:
             dist.broadcast(self._parameter.data, ranks[0], group=mine)
             values_changed(model)
@@ -102,11 +103,33 @@ def _find(model: nn.Module, there: Mapping[str, str], tied: tuple[str, str]) -> 
     return found[mine[0]] if mine else None
 
 
-def _check_shapes(parameter: Tensor | None, tied: tuple[str, str], state: State) -> None:
-    shapes = gather(None if parameter is None else tuple(parameter.shape), state.pipeline)
+def _check_alike(model: nn.Module, parameter: Any, tied: tuple[str, str], state: State) -> None:
+    """Refuse two parameters whose entries do not stand for each other. A collective."""
+    mine = None if parameter is None else _described(model, parameter)
+    found = gather(mine, state.pipeline)
 
     def check() -> None:
-        if shapes[0] != shapes[-1]:
-            raise ValueError(f"tied is {tied}, whose shapes differ: {shapes[0]} and {shapes[-1]}")
+        if found[0] != found[-1]:
+            raise ValueError(
+                f"tied is {tied}, which are not alike: {_text(found[0])}, and {_text(found[-1])}"
+            )
 
     on_all_ranks(check)
+
+
+def _described(model: nn.Module, parameter: nn.Parameter) -> dict[str, Any]:
+    layers = dict(layers_of(model))
+    [local, *_] = (name for name, p in model.named_parameters() if p is parameter)
+    layer = layers.get(local.rpartition(".")[0])
+    pattern = patterns_of(model).get(local)
+    return {
+        "shape": tuple(parameter.shape if pattern is None else pattern.shape),
+        "dtype": str(parameter.dtype),
+        "masks' digest": None if pattern is None else pattern.digest(),
+        "requires_grad": parameter.requires_grad,
+        "cut as AxoNN's": None if layer is None else type(layer).__name__,
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    return ", ".join(f"{what} {value}" for what, value in found.items())

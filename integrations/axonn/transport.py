@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures as futures
+import queue
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -83,7 +85,7 @@ class TorchTransport:
         self._group = group
         self._ranks = dist.get_process_group_ranks(group)
         self._sending: dict[int, _Leaving] = {}
-        self._threads: dict[int, futures.ThreadPoolExecutor] = {}
+        self._threads: dict[int, _Thread] = {}
 
     def send(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
@@ -115,7 +117,7 @@ class _Awaited:
 
     __slots__ = ("_future", "_thread", "_work")
 
-    def __init__(self, work: Any, thread: futures.ThreadPoolExecutor) -> None:
+    def __init__(self, work: Any, thread: _Thread) -> None:
         self._work, self._thread = work, thread
         self._future: futures.Future[Any] | None = None
 
@@ -185,5 +187,31 @@ def _wait_for(batch: Sequence[_Sent]) -> None:
         sent.left = True
 
 
-def _thread(direction: str, stage: int) -> futures.ThreadPoolExecutor:
-    return futures.ThreadPoolExecutor(1, thread_name_prefix=f"sparse_comm-{direction}-{stage}")
+class _Thread:
+    """Does one thing after another; unlike an executor's, it does not keep a process from ending.
+
+    What it waits for may never come, where another rank has failed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[futures.Future[Any], Any, Any]] = queue.SimpleQueue()
+        threading.Thread(target=_work_off, args=(self._jobs,), name=name, daemon=True).start()
+
+    def submit(self, function: Any, *args: Any) -> futures.Future[Any]:
+        future: futures.Future[Any] = futures.Future()
+        self._jobs.put((future, function, args))
+        return future
+
+
+def _work_off(jobs: queue.SimpleQueue[tuple[futures.Future[Any], Any, Any]]) -> None:
+    while True:
+        future, function, args = jobs.get()
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        del future, function, args  # or they would live until the next job
+
+
+def _thread(direction: str, stage: int) -> _Thread:
+    return _Thread(f"sparse_comm-{direction}-{stage}")

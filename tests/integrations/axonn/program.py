@@ -40,6 +40,11 @@ def main() -> None:
         if options.fails_on == dist.get_rank():
             fail_later(engine.model)
         said["losses"][str(dtype)] = models.train(engine, steps=20)
+    for grid in ((4, 1), (1, 4)):  # stages in the middle, and none
+        sparse_axonn.init(*grid, transport=options.transport)
+        engine = models.engine_of(models.masks_of_whole())
+        said["losses"][str(grid)] = models.train(engine, steps=6)
+    sparse_axonn.init(options.G_inter, options.G_data, transport=options.transport)
     if transport == "MPITransport":
         said |= {"dense": [train_dense(InterLayerEngine), train_dense(AxoNN_Inter_Layer_Engine)]}
         said |= {"odd": odd_message()}

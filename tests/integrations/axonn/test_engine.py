@@ -293,8 +293,25 @@ def a_gradient_that_grows_too_late_is_an_error(rank: int, world_size: int) -> No
         x, y = batch(0, BATCH // 4)
         with pytest.raises(RuntimeError, match=r"'layers\.1\.layer\.weight' grew after .*overlap"):
             engine.forward_backward_optimizer(x, y, adamw(stage))
-        with pytest.raises(RuntimeError, match="earlier step of this engine has failed"):
-            engine.forward_backward_optimizer(x, y, adamw(stage))
+        with pytest.raises(RuntimeError, match="an earlier step has failed"):
+            engine_of().forward_backward_optimizer(x, y, adamw(stage))
+
+
+@case(CASES)
+def parameters_that_are_frozen_and_unfrozen_are_averaged(rank: int, world_size: int) -> None:
+    for sizes in GRIDS[world_size]:
+        with grid(*sizes):
+            stage = this_stage()
+            first = next(stage.parameters()).requires_grad_(False)
+            engine = engine_of(stage=stage)
+            before = first.clone()
+            train(engine, steps=2)
+            assert torch.equal(first, before)
+            first.requires_grad_(True)
+            train(engine, steps=2)
+            assert not torch.equal(first, before)
+            replicas = engine._state.groups[frozenset(("data",))]
+            assert all(on_all(p.detach(), replicas) for p in stage.parameters())
 
 
 @case(CASES)

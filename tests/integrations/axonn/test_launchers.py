@@ -41,7 +41,7 @@ def launch(
     program: str = PROGRAM,
     timeout: float = 100,
 ) -> tuple[str, int]:
-    """What the program printed, and how it ended; nothing of it is left."""
+    """What the program printed, and how it ended; fails if any process of it is left."""
     out.mkdir(exist_ok=True)
     if launcher == "torchrun":
         command = [*LAUNCHERS[launcher], f"--nproc-per-node={count}", "-m", program]
@@ -60,7 +60,10 @@ def launch(
         start_new_session=True,
     )
     try:
-        return process.communicate(timeout=timeout)[0], process.returncode
+        printed = process.communicate(timeout=timeout)[0]
+        left = [p for p in psutil.process_iter(["cmdline"]) if str(out) in str(p.info["cmdline"])]
+        assert not left, f"processes are left: {left}"
+        return printed, process.returncode
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -117,5 +120,3 @@ def test_a_rank_that_fails_brings_all_down_with_its_traceback_first(launcher, fa
     errors = re.findall(r"(\w+(?:Error|Exception)): (.*)", printed)
     assert errors[0] == ("ZeroDivisionError", "the reason why all ends"), printed[:3000]
     assert not list(out.iterdir())
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(out) in str(p.info["cmdline"])]
-    assert not left

@@ -27,9 +27,11 @@ MODES = ("cached", "transient")
 # Sizes of grids by world size.
 GRIDS: dict[int, list[dict[str, int]]] = {
     2: [{"G_intra_r": 2}, {"G_intra_c": 2}, {"G_intra_d": 2}, {"G_data": 2}],
-    4: [{"G_intra_r": 2, "G_intra_d": 2}, {"G_intra_c": 2, "G_data": 2}],
+    4: [{"G_intra_r": 2, "G_intra_d": 2}],
 }
+MORE = [{"G_intra_r": 2, "G_intra_c": 2}, {"G_intra_c": 2, "G_data": 2}]  # of four ranks
 BATCH = 16
+STEPS = 3
 
 
 def mlp() -> nn.Module:
@@ -140,6 +142,7 @@ def assert_trains_like_unsharded(
     micro_batches: int = 2,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 2e-5,
+    bucket_cap_mb: float | None = 0.0005,
 ) -> None:
     """Losses and gathered weights, in both modes."""
     masks = random_masks(plain, 0.4) if masked else {}
@@ -147,7 +150,7 @@ def assert_trains_like_unsharded(
     state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     optimizer = sgd(plain, masks)
     expected = []
-    for step in range(5):
+    for step in range(STEPS):
         x, y = data(step)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -168,11 +171,11 @@ def assert_trains_like_unsharded(
             masks=masks or None,
             weights=weights,
             micro_batch_size=size,
-            bucket_cap_mb=0.0005,
+            bucket_cap_mb=bucket_cap_mb,
         )
         optimizer = sgd(model)
         losses = []
-        for step in range(5):
+        for step in range(STEPS):
             x, y = data(step)
             optimizer.zero_grad()
             with around(model):
@@ -222,7 +225,7 @@ ALL = ("data", "depth", "row", "column")
 
 @case(CASES)
 def layers_of_auto_parallelize(rank: int, world_size: int) -> None:
-    for sizes in GRIDS[world_size]:
+    for sizes in GRIDS[world_size] + MORE * (world_size == 4):
         with grid(**sizes):
             assert_trains_like_unsharded(mlp(), automatic, ALL)
 
@@ -244,7 +247,7 @@ def dense_layers(rank: int, world_size: int) -> None:
 
 @case(CASES)
 def layers_in_expert_mode(rank: int, world_size: int) -> None:
-    for sizes in GRIDS[world_size]:
+    for sizes in GRIDS[world_size] + MORE * (world_size == 4):
         with grid(**sizes):
             assert_trains_like_unsharded(Plain(), ByHand, ("data", "depth"))
 
@@ -270,6 +273,48 @@ def embeddings(rank: int, world_size: int) -> None:
             assert_trains_like_unsharded(
                 Embedded(nn.Embedding), lambda: Embedded(Embedding), ("data", "depth")
             )
+
+
+class Wide(nn.Module):
+    """With more than a bucket of parameters that are not parallel, after some that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = mlp()[:4]  # type: ignore[index]
+        self.wide = nn.Parameter(torch.zeros(1024, 32))
+        self.more = nn.Parameter(torch.zeros(1024, 32))
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.front(x) + self.wide.mean(0) - self.more.sum(0))
+
+
+def wide(parallel: bool) -> nn.Module:
+    with auto_parallelize() if parallel else contextlib.nullcontext():
+        torch.manual_seed(0)
+        return Wide()
+
+
+@case(CASES)
+def buckets_of_the_measured_size(rank: int, world_size: int) -> None:
+    for sizes in GRIDS[world_size]:
+        with grid(**sizes):
+            assert_trains_like_unsharded(
+                wide(False), lambda: wide(True), ALL, masked=False, bucket_cap_mb=None
+            )
+
+
+@case(CASES)
+def mixes_that_cannot_be_averaged_are_refused(rank: int, world_size: int) -> None:
+    with grid(**GRIDS[world_size][0]):
+        both = nn.Sequential(Linear(8, 8, expert_mode=True), Linear(8, 8))
+        with pytest.raises(ValueError, match="Linear layers in expert mode and others"):
+            sparse_axonn.InterLayerEngine(both, F.cross_entropy, micro_batch_size=4)
+    with grid(**{"G_intra_d": 2, "G_data": world_size // 2}):
+        conv = Conv2d(2, 4, 1)
+        sparse_axonn.InterLayerEngine(conv, F.cross_entropy, micro_batch_size=4)
+        with pytest.raises(ValueError, match=r"scatter_input=False on a grid of several depths"):
+            conv(torch.randn(2, 2, 2, 2), scatter_input=False)
 
 
 @case(CASES)

@@ -107,15 +107,32 @@ def batches_that_micro_batches_do_not_divide(rank: int, world_size: int) -> None
         optimizer = adamw(engine.model)
         with pytest.raises(ValueError, match=r"batch of 6 samples: expected a multiple of .* 4"):
             engine.forward_backward_optimizer(x, y, optimizer)
-        with pytest.raises(ValueError, match=r"labels of 6 samples"):
+        with pytest.raises(ValueError, match=r"labels of 6 samples|batch of rank 1 was refused"):
             engine.forward_backward_optimizer(batch(0)[0], y, optimizer)
+        with pytest.raises(ValueError, match=r"batch of 6 samples|batch of rank 1 was refused"):
+            engine.forward_backward_optimizer(*((x, y) if rank else batch(0)), optimizer)
+        fewer = batch(0, 4) if rank else batch(0)
+        with pytest.raises(ValueError, match=r"rank 0 trains on 2 micro-batches, rank 1 trains on"):
+            engine.forward_backward_optimizer(*fewer, optimizer)
+        with pytest.raises(ValueError, match=r"do different things: .*rank 1 evaluates 2 micro"):
+            engine.forward_backward_optimizer(*batch(0), optimizer, eval_mode=bool(rank))
         with pytest.raises(TypeError, match="needs the optimizer"):
             engine.forward_backward_optimizer(*batch(0))
-        ax.config.micro_batch_size = 0
+        ax.config.micro_batch_size, engine.micro_batch_size = 0, None
         with pytest.raises(ValueError, match=r"micro_batch_size=…"):
             engine.forward_backward_optimizer(*batch(0), optimizer)
         ax.config.micro_batch_size = 4
         assert train(engine, steps=1)
+
+
+@case(CASES)
+def options_that_differ_between_ranks(rank: int, world_size: int) -> None:
+    with grid(G_inter=2):
+        dtype = torch.bfloat16 if rank else torch.float32
+        with pytest.raises(ValueError, match=r"computation_dtype differs between ranks: torch\.fl"):
+            engine_of(dtype=dtype)
+        with pytest.raises(ValueError, match="sparse differs between ranks: True and False"):
+            engine_of(None if rank else masks_of_whole())
 
 
 @case(CASES)
@@ -276,5 +293,11 @@ def test_leaving_restores_axonns_modules_and_torch_is_never_touched():
         assert modules.communication.torch is not torch
         with sparse_axonn.on_cpu():
             pass
+        assert modules.communication.torch is not torch
+    assert {module: vars(module) for module in own} == own
+    context = sparse_axonn.on_cpu()
+    context.__enter__()
+    with sparse_axonn.on_cpu():
+        context.__exit__(None, None, None)  # left in another order
         assert modules.communication.torch is not torch
     assert {module: vars(module) for module in own} == own

@@ -160,6 +160,15 @@ def names_that_are_not_there_are_refused_on_all_ranks(rank: int, world_size: int
         engine_of({}, 4, tied=("wte.weight", "tail.weight"))
 
 
+@case(CASES)
+def masks_that_differ_at_the_two_ends_are_refused(rank: int, world_size: int) -> None:
+    masks = random_masks(Whole())
+    other = masks["wte.weight"].flatten().roll(1).reshape(masks["wte.weight"].shape)
+    sizes = GRIDS[world_size][0]
+    with grid(*sizes), pytest.raises(ValueError, match=r"are not alike: shape .*masks' digest"):
+        engine_of(masks | {"head.weight": other}, 4)
+
+
 @pytest.mark.parametrize("world_size", GRIDS)
 @pytest.mark.parametrize("name", CASES)
 def test_tied(name: str, world_size: int) -> None:
