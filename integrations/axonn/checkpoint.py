@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,11 @@ class _Held:
     ) -> None:
         self.name, self.parameter, self.pattern = name, parameter, pattern
         self._layer, self._attribute = layer, attribute
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all of it."""
+        return self._layer is None
 
     def whole_pattern(self) -> SparsityPattern | None:
         """The whole parameter's pattern. A collective of the stage's ranks, if it is in parts."""
@@ -116,6 +122,7 @@ def save_checkpoint(
     held = on_all_ranks(lambda: list(_held(engine)))
     on_all_ranks(lambda: json.dumps([extra, [_options(g) for g in optimizer.param_groups]]))
     _check_names(engine, held)
+    _check_shared(held)
     state: dict[str, Tensor] = {}
     masks: dict[str, SparsityPattern] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -135,8 +142,9 @@ def save_checkpoint(
         own = _options(group)
         options |= {names[id(p)]: own for p in group["params"] if id(p) in names}
     on_all_ranks(lambda: _prepare(folder))
-    dcp.save(dict(state), checkpoint_id=folder)
+    # Replicas hold the same, but for statistics of their own batches: those of the first count.
     counts = config.data_parallel_rank == config.intra_layer_parallel_rank == 0
+    dcp.save(state if counts else {}, checkpoint_id=folder)
     mine = (masks if counts else {}, options)
     said: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(mine, said if dist.get_rank() == 0 else None)
@@ -247,6 +255,35 @@ def _check_names(engine: InterLayerEngine, held: list[_Held]) -> None:
             raise ValueError(
                 f"two stages have a parameter or buffer {twice[0]!r}: give InterLayerEngine(…, "
                 "names=…) what makes the names of the whole model of them, by which checkpoints go"
+            )
+
+    on_all_ranks(check)
+
+
+def _check_shared(held: list[_Held]) -> None:
+    """Refuse parameters that a user has split over the ranks of a stage by hand. A collective."""
+    if config.G_intra == 1:
+        return
+    mine: dict[str, int] = {}
+    if config.data_parallel_rank == 0:
+        for one in held:
+            if one.is_whole:
+                own = one.parameter.detach().cpu().reshape(-1).view(torch.uint8)
+                mine[one.name] = zlib.crc32(own.numpy().tobytes())
+    known: dict[str, int] = {}
+    split = [
+        name
+        for said in gather(mine)
+        for name, checksum in said.items()
+        if known.setdefault(name, checksum) != checksum
+    ]
+
+    def check() -> None:
+        if split:
+            raise ValueError(
+                f"ranks of one stage hold different values of {split[0]!r}, which is no parameter "
+                "of AxoNN's layers: how they fit together is not known here. Save what each rank "
+                "holds, torch.save(engine.model.state_dict(), …)"
             )
 
     on_all_ranks(check)

@@ -160,10 +160,13 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             path: of a folder, the same for all ranks; what it holds of an earlier checkpoint is
                 replaced.
             optimizer: this rank's.
-            extra: of what JSON can hold (the step, the seed); given back by ``load_checkpoint``.
+            extra: rank 0's, of what JSON can hold (the step, the seed); ``load_checkpoint`` gives
+                it back. Buffers are those of the first replica.
 
         Raises:
-            ValueError: two stages use one name for different parameters: see ``names``.
+            ValueError: two stages use one name for different parameters: see ``names``; a
+                parameter that is split over the ranks of a stage, but not by AxoNN's layers.
+            TypeError: ``extra`` is not for JSON. What was saved before is then still there.
 
         Source: ours; torch.distributed.checkpoint writes the tensors.
         """

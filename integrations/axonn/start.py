@@ -152,14 +152,16 @@ def _check(launch: Launch, sizes: dict[str, int]) -> None:
     wanted = math.prod(sizes.values())
     if min(sizes.values()) < 1:
         raise ValueError(f"sizes of AxoNN's grid must be at least 1, got {_product(sizes)}")
-    if launch.by == "nothing" and wanted > 1:
+    there = dist.is_initialized()
+    if launch.by == "nothing" and wanted > 1 and not there:
         raise RuntimeError(
             f"{_product(sizes)} need {wanted} processes, and no launcher has started any: "
             f"torchrun --nproc-per-node {wanted} SCRIPT, or mpirun -n {wanted} python SCRIPT"
         )
     if launch.world_size != wanted:
         raise ValueError(
-            f"{_product(sizes)} need {wanted} processes, and {launch.by} has started "
+            f"{_product(sizes)} need {wanted} processes, and "
+            f"{'the process group has' if there else f'{launch.by} has started'} "
             f"{launch.world_size}: change the sizes, or the number of processes"
         )
 

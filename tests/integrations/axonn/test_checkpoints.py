@@ -215,6 +215,25 @@ def shards_are_put_together_and_cut_anew(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+def what_is_split_by_hand_is_refused_and_the_earlier_checkpoint_kept(
+    rank: int, world_size: int
+) -> None:
+    folder = shared_folder()
+    with grid(G_intra_r=2, G_data=2):
+        model = sharded()
+        engine = sparse_axonn.InterLayerEngine(model, F.cross_entropy, micro_batch_size=2)
+        optimizer = adamw(model)
+        engine.save_checkpoint(folder, optimizer, extra=1)
+        with pytest.raises((TypeError, RuntimeError), match="not JSON serializable"):
+            engine.save_checkpoint(folder, optimizer, extra=torch.zeros(1))
+        assert engine.load_checkpoint(folder, optimizer) == 1
+        with torch.no_grad():
+            model[2].weight.add_(ax.config.intra_layer_row_parallel_rank)
+        with pytest.raises(ValueError, match=r"hold different values of '2\.weight'"):
+            engine.save_checkpoint(folder, optimizer)
+
+
+@case(CASES)
 def a_tied_pair_is_resumed_from_one_parameter_and_by_one(rank: int, world_size: int) -> None:
     masks = random_masks(tied.Whole())
     folders = [shared_folder(), shared_folder()]

@@ -379,6 +379,20 @@ def figures_say_what_was_sent(rank: int, world_size: int) -> None:
                 assert (stats["collectives"] > 1) == (sizes[1] > 1)
 
 
+@case(CASES)
+def a_profile_shows_the_phases(rank: int, world_size: int) -> None:
+    with grid(*GRIDS[world_size][0]):
+        engine = engine_of(masks_of_whole())
+        train(engine, steps=1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            train(engine, steps=1)
+        names = {event.name for event in profile.events()}
+        phases = {"forward", "backward", "collective", "send", "wait"}
+        if ax.config.inter_layer_parallel_rank == ax.config.G_inter - 1:
+            phases.add("loss")
+        assert {f"sparse_comm::axonn.{phase}" for phase in phases} <= names
+
+
 def on_all(tensor: Tensor, group: Any) -> bool:
     """Whether all ranks of the group have the same bits."""
     import torch.distributed as dist

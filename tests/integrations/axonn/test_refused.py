@@ -33,7 +33,7 @@ CASES: Cases = {}
 
 @case(CASES)
 def sizes_that_do_not_multiply_to_the_processes(rank: int, world_size: int) -> None:
-    with pytest.raises(ValueError, match=r"G_inter 2 × G_data 2 .* need 4 processes.*started 2"):
+    with pytest.raises(ValueError, match=r"G_inter 2 × G_data 2 .* need 4 processes.*group has 2"):
         sparse_axonn.init(G_inter=2, G_data=2)
     with pytest.raises(ValueError, match="at least 1"):
         sparse_axonn.init(G_inter=0)
