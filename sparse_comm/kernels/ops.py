@@ -190,7 +190,9 @@ def expire_copies(stepped: Iterable[Tensor]) -> None:
     Values that are pieces of a larger buffer, whose owner writes them, or as large as one of the
     tensors and of a narrower dtype: no version tells that they were written.
     """
-    sizes = {tensor.shape: tensor.itemsize for tensor in stepped}
+    sizes: dict[torch.Size, int] = {}  # the widest of each shape
+    for tensor in stepped:
+        sizes[tensor.shape] = max(sizes.get(tensor.shape, 0), tensor.itemsize)
     with _REFRESHING:
         for stamp, values in list(_SEEN.items()):
             is_piece = values.untyped_storage().nbytes() > values.nbytes

@@ -393,3 +393,16 @@ def test_values_in_a_flat_buffer_are_seen_after_a_step_for_copies_of_it():
     flat.data.copy_(master.detach())
     mask = sparse_comm.masks_of(model)["0.weight"]
     assert torch.equal(model[0].weight.detach(), before - 0.5 * mask)
+
+
+def test_wider_masters_count_among_narrower_tensors_of_their_shape():
+    model = compact_model().bfloat16()
+    values = dict(model.named_parameters())["0.weight"]
+    before = model[0].weight.detach().clone()
+    master = nn.Parameter(values.detach().float())
+    other = nn.Parameter(torch.zeros_like(values))
+    for parameter in (master, other):
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([master, other], lr=0.5).step()
+    values.data.copy_(master.detach())
+    assert not torch.equal(model[0].weight.detach(), before)
