@@ -16,8 +16,8 @@ from rich.console import Console
 from lib import bench, results
 from lib.bench import LOOPBACK, Estimate, run_over
 from lib.job import add_bar, progress_bars, run_script
-from lib.step_report import Verdict
 from lib.transport_kinds import BYTES, ENGINE, NOTHING, OURS, RAW, SIDES
+from lib.verdict import Verdict
 
 RATE_TARGET = 0.8  # of raw gloo's, at least
 OVERHEAD_TARGET = 1e-3  # s a message, at most
@@ -134,8 +134,6 @@ NOTES = (
 
 
 def write(rows: Sequence[Row], options: argparse.Namespace, origin: dict[str, str]) -> None:
-    from lib.compare_report import sentence
-
     judged = verdicts(rows, options.overhead)
     head = ("message", f"{RAW}, GB/s", f"{OURS}, GB/s", "ours / raw")
     cells = [
@@ -150,7 +148,7 @@ def write(rows: Sequence[Row], options: argparse.Namespace, origin: dict[str, st
     parts = [
         results.markdown_table(head, cells),
         f"What the engine adds to a message: {options.overhead.text(3, scale=1e-3)} ms.",
-        "\n".join(f"- {sentence(verdict)}" for verdict in judged),
+        "\n".join(f"- {verdict.sentence()}" for verdict in judged),
         "\n".join(f"- {note}" for note in NOTES),
     ]
     facts = {
@@ -160,7 +158,7 @@ def write(rows: Sequence[Row], options: argparse.Namespace, origin: dict[str, st
     }
     results.write(options.out, NAME, facts, "Messages between pipeline stages", parts, origin)
     for verdict in judged:
-        print(sentence(verdict, mark=""))
+        print(verdict.sentence(mark=""))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rich.console import Console
 import compare_comm
 from lib import quickstart_plot, results
 from lib import quickstart_report as report
+from lib.compare_run import Plan, compare
 from lib.launch import RankFailed, stop_on_signals
 from lib.netns import LinkUnavailable
 from lib.quickstart_stages import run_stages
@@ -33,32 +34,26 @@ WRITTEN = f"{NAME}.md, {NAME}.json and {PLOT}"
 MINIMUM_STEPS = 5  # the first steps of each block are not timed
 PYTORCH = "pytorch"
 LINK, RATE = "auto", "1gbit"  # defaults
-AXONN_SIZE = {"layers": 6, "warm_up": 20, "steps": 12}
-DEEPSPEED_SIZE = {"layers": 6, "width": 512, "warm_up": 20, "steps": 20, "tokens": 64}
+SMALL: dict[str, tuple[list, dict[str, int]]] = {  # what is compared, and the sizes
+    "deepspeed": ([1], {"layers": 6, "warm_up": 20, "steps": 20}),
+    "axonn": ([(2, 2)], {"layers": 6, "warm_up": 20, "steps": 12}),
+}
 
 
 def main() -> int:
     """Run the stages and write the report; returns the exit status."""
     options = parse_arguments()
-    run = {PYTORCH: run_pytorch, compare_comm.AXONN: run_axonn}
-    return run.get(options.framework, run_deepspeed)(options)
+    return run_pytorch(options) if options.framework == PYTORCH else run_comparison(options)
 
 
-def run_axonn(options: argparse.Namespace) -> int:
-    from lib import axonn_compare
-
-    size = axonn_compare.FULL | AXONN_SIZE | {"seed": options.seed}
+def run_comparison(options: argparse.Namespace) -> int:
+    """``compare_comm.py`` in small."""
+    framework = compare_comm.FRAMEWORKS[options.framework]
+    sections, size = SMALL[options.framework]
     out = options.out or results.FOLDER / options.framework
-    plan = axonn_compare.Plan([(2, 2)], compare_comm.LINKS, size, out, NAME, judge_times=False)
-    return axonn_compare.compare(plan)
-
-
-def run_deepspeed(options: argparse.Namespace) -> int:
-    size = DEEPSPEED_SIZE | {"seed": options.seed}
-    out = options.out or results.FOLDER / options.framework
-    return compare_comm.compare(
-        compare_comm.Plan([1], compare_comm.LINKS, size, out, NAME, judge_times=False)
-    )
+    size = framework.full | size | {"seed": options.seed}
+    plan = Plan(sections, compare_comm.LINKS, size, out, NAME, judge_times=False)
+    return compare(framework, plan)
 
 
 def run_pytorch(options: argparse.Namespace) -> int:

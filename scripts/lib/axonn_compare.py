@@ -1,27 +1,13 @@
 """The comparison of ``compare_comm.py --framework axonn``, on grids of stages and replicas."""
 
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-from rich.console import Console
-
-from . import axonn_plot, axonn_report, results
+from . import axonn_plot, axonn_report
 from .axonn_kinds import KINDS, RELEASED, RELEASED_BF16
-from .axonn_report import Grid, Row
-from .bench import LOOPBACK, run_over
-from .compare_report import sentence
-from .compare_run import possible, warm_up
-from .job import add_bar, progress_bars, run_script
-from .netns import LinkUnavailable
+from .compare_run import Framework
 from .pair import BLOCK, UNTIMED
 from .step_peers import LEARNING_RATE, WEIGHT_DECAY
 from .step_report import FINAL_STEPS
 from .step_start import CONTEXT, SIZE
 
-DENSITY = 0.1  # unpruned parameters over all, those without a mask included
 FULL = {
     "layers": 9,
     "width": 512,
@@ -32,66 +18,6 @@ FULL = {
     "micro_batch": 1,
 }
 QUICK = FULL | {"layers": 2, "width": 256, "warm_up": 4, "steps": 5, "tokens": 16}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to compare, and where to write it."""
-
-    grids: Sequence[Grid]
-    links: Sequence[str]
-    size: dict[str, int]  # of model and training, as FULL, and the seed
-    out: Path
-    name: str  # of the files
-    judge_times: bool  # whether the targets of times are for this size
-
-    @property
-    def plot(self) -> str:
-        return f"{self.name}.png"
-
-
-def compare(plan: Plan) -> int:
-    """Measure, and write the report; returns the exit status."""
-    notes: list[str] = []
-    try:
-        return run_script(
-            "The comparison",
-            plan.out,
-            f"{plan.name}.md, {plan.name}.json and {plan.plot}",
-            measure=lambda console: run_all(plan, notes, console),
-            write=lambda rows, origin: write(rows, plan, notes, origin),
-            is_wrong=lambda row: row.wrong,
-            complaint="Not the same training",
-            packages=("axonn",),
-        )
-    except LinkUnavailable as error:
-        print(f"{error}; --links {LOOPBACK} works everywhere", file=sys.stderr)
-        return 1
-
-
-def run_all(plan: Plan, notes: list[str], console: Console) -> list[Row]:
-    """All rows; adds to the notes what a reader needs to know about them."""
-    links = possible(plan.links, notes, console)
-    rows: list[Row] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="sparse-comm-") as folder,
-        progress_bars(console) as progress,
-    ):
-        job = plan.size | {"start": str(Path(folder) / "warm.pt"), "density": DENSITY}
-        warm_up(job, progress)
-        for link in links:
-            for grid in plan.grids:
-                own = job | {"G_inter": grid[0], "G_data": grid[1]}
-                title = axonn_report.title_of(link, grid)
-                on_progress = add_bar(progress, title, len(KINDS) * plan.size["steps"])
-                ranks, counted = run_over(
-                    link, "lib.axonn_rank", own, on_progress, grid[0] * grid[1]
-                )
-                if not rows:
-                    notes.insert(0, about(job, ranks[0]))
-                rows += axonn_report.rows_of(link, grid, ranks)
-                notes.append(f"MB sent, {title}: {counted}; a step's, mean over blocks.")
-    return rows
 
 
 def about(job: dict, rank: dict) -> str:
@@ -134,18 +60,18 @@ NOTES = (
     "does if a pruned weight of a masked or compact side is not exactly zero.",
 )
 
-
-def write(rows: Sequence[Row], plan: Plan, notes: list[str], origin: dict[str, str]) -> None:
-    judged = axonn_report.verdicts(rows, plan.judge_times)
-    facts = {
-        "settings": plan.size | {"density": DENSITY, "grids": [list(g) for g in plan.grids]},
-        "notes": notes,
-        "targets": [asdict(verdict) for verdict in judged],
-        "rows": [asdict(row) for row in rows],
-    }
-    title = "One pruned GPT under AxoNN, dense and compact"
-    parts = axonn_report.markdown(rows, judged, plan.plot, [*notes, *NOTES])
-    results.write(plan.out, plan.name, facts, title, parts, origin)
-    axonn_plot.draw(rows, plan.out / plan.plot)
-    for verdict in judged:
-        print(sentence(verdict, mark=""))
+AXONN = Framework(
+    package="axonn",
+    name="AxoNN",
+    sections="grids",
+    module="lib.axonn_rank",
+    ranks=lambda grid: grid[0] * grid[1],
+    sides=lambda grid: KINDS,
+    settings=lambda grid: {"G_inter": grid[0], "G_data": grid[1]},
+    full=FULL,
+    quick=QUICK,
+    about=about,
+    report=axonn_report,
+    draw=axonn_plot.draw,
+    notes=NOTES,
+)

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .axonn_kinds import BUBBLE, COLLECTIVE, COMPACT, COMPUTE, OPTIMIZER, PHASES, POINT_TO_POINT
+from .axonn_kinds import BUBBLE, COLLECTIVE, COMPACT, COMPUTE, OPTIMIZER, POINT_TO_POINT
 from .axonn_report import Row, sections, title_of
+from .compare_plot import draw_steps, finish
 
 COLOURS = {
     COMPUTE: "#64748b",
@@ -34,34 +32,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.set_yticklabels([])
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(PHASES), frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish(figure, axes[0, 0], path)
 
 
 def _steps(axis: Axes, rows: Sequence[Row]) -> None:
-    """A bar a side, its phases one after the other; the time that it took beside it."""
-    places = range(len(rows))
-    ends = [0.0] * len(rows)
-    for name in PHASES:
-        lengths = [row.phases[name] * 1e3 for row in rows]
-        axis.barh(places, lengths, height=0.75, left=ends, color=COLOURS[name], label=name)
-        ends = [end + length for end, length in zip(ends, lengths, strict=True)]
-    for place, row, end in zip(places, rows, ends, strict=True):
-        axis.annotate(
-            f"{row.time.value * 1e3:.0f} ms  ({row.ratio.value:.2g}×)",
-            (end, place),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            fontweight="bold" if row.kind in COMPACT else None,
-        )
-    axis.set_xlim(0, max(ends) * 1.28)  # room for the numbers
-    axis.set_yticks(list(places), [row.kind for row in rows])
-    axis.invert_yaxis()
-    axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
+    """A bar a side."""
+    kinds = [row.kind for row in rows]
+    draw_steps(axis, rows, range(len(rows)), kinds, COLOURS, {}, bold=COMPACT)
     axis.set_title(f"{title_of(*rows[0].section)} (stages × replicas)", fontsize=10)
     axis.set_xlabel("ms of a step, mean over ranks (times as fast as AxoNN as released)")

@@ -20,7 +20,8 @@ from .axonn_kinds import (
 from .axonn_phases import Span
 from .bench import LOOPBACK, Estimate, link_name
 from .step_kinds import CACHED, COMPUTE_BF16, ROUNDING, Phases
-from .step_report import FINAL_STEPS, Verdict, means
+from .step_report import FINAL_STEPS, means
+from .verdict import Verdict
 
 LIMIT = ROUNDING[COMPUTE_BF16]  # what losses may differ by, in nats
 TIME_LINK = "1gbit"  # that the targets of times are for
@@ -235,18 +236,12 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown(
-    rows: Sequence[Row], judged: Sequence[Verdict], plot: str, notes: Sequence[str]
-) -> list[str]:
-    """The parts of the report."""
-    from .compare_report import sentence
-
-    parts = [f"![phases of a step on all grids]({plot})"]
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A heading and a table for each grid over each link."""
+    parts = []
     for link, grid in sections(rows):
         stages, replicas = grid
         parts.append(f"## {link_name(link)}, G_inter {stages} × G_data {replicas}")
         of_this = [cells(row) for row in rows if row.section == (link, grid)]
         parts.append(results.markdown_table(HEAD, of_this))
-    parts.append("## Targets")
-    parts.append("\n".join(f"- {sentence(verdict)}" for verdict in judged))
-    return [*parts, "## How to read it", "\n".join(f"- {note}" for note in notes)]
+    return parts

@@ -18,6 +18,7 @@ from .step_kinds import (
     TRANSIENT,
     Phases,
 )
+from .verdict import Verdict
 
 FINAL_STEPS = 10  # the training loss at the end is the mean of that many
 TUNED = (DENSE_BF16, DENSE_BF16_TUNED)  # ratios are against the faster
@@ -182,17 +183,6 @@ def _sums(side: dict, names: Sequence[str]) -> list[float]:
 
 
 # --- targets -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A target and whether it is reached."""
-
-    where: str
-    text: str
-    got: str
-    wanted: str
-    reached: bool
 
 
 STEP_TARGET = 4.5  # times as fast as bf16 DDP at 1 Gbit/s, f = 0.1

@@ -1,4 +1,4 @@
-"""``compare_comm.py`` trains alike in every side that is masked, and judges what it measured."""
+"""``compare_comm.py --framework deepspeed`` trains alike in every masked side, and judges times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.lib.compare_report import (
+from scripts.lib.deepspeed_report import (
     BYTES_TARGET,
     COMPACT,
     DENSE,
@@ -19,7 +19,6 @@ from scripts.lib.compare_report import (
     PHASES,
     Row,
     rows_of,
-    sentence,
     sides_of,
     verdicts,
 )
@@ -147,8 +146,8 @@ def test_bytes_time_and_losses_are_judged_each_by_its_own_target():
     assert reached(rows(side(CACHED, 0.26, 10.2))) == [True, False, True]
     assert reached(rows(side(CACHED, 0.24, 10.2, 1.001))) == [True, True, False]
     missed, *_ = verdicts(rows(side(CACHED, 0.24, 10.4)), judge_times=True)
-    assert sentence(missed).startswith("**Missed**: 1 Gbit/s, ZeRO 1: ")
-    assert "0.1040; wanted: at most 1.03 × f = 0.1030" in sentence(missed)
+    assert missed.sentence().startswith("**Missed**: 1 Gbit/s, ZeRO 1: ")
+    assert "0.1040; wanted: at most 1.03 × f = 0.1030" in missed.sentence()
 
 
 def test_times_are_judged_by_the_default_mode_and_where_their_targets_are_for():

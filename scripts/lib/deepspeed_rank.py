@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import sparse_comm
 
 from .bench import RANKS
-from .compare_report import DENSE, PHASES, sides_of
+from .deepspeed_report import DENSE, PHASES, sides_of
 from .deepspeed_run import as_launched
 from .job import join, leave, read_job
 from .launch import rank_main

@@ -1,4 +1,4 @@
-"""Turns what the ranks of ``compare_comm.py`` measured into tables, and checks the targets."""
+"""Turns what the ranks of ``deepspeed_rank.py`` measured into tables, and checks the targets."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from statistics import fmean, median
 from . import bench, results
 from .bench import LOOPBACK, Estimate, link_name
 from .step_kinds import CACHED, COMPUTE_BF16, MASKED_DENSE, ROUNDING, TRANSIENT, Phases
-from .step_report import FINAL_STEPS, Verdict, means, slower_steps
+from .step_report import FINAL_STEPS, means, slower_steps
+from .verdict import Verdict
 
 DENSE = "dense"
 PHASES = ("forward", "backward", "optimizer")
@@ -154,12 +155,6 @@ def verdicts(rows: Sequence[Row], judge_times: bool) -> list[Verdict]:
     return judged
 
 
-def sentence(verdict: Verdict, mark: str = "**") -> str:
-    reached = "Reached" if verdict.reached else f"{mark}Missed{mark}"
-    where, text, got, wanted = verdict.where, verdict.text, verdict.got, verdict.wanted
-    return f"{reached}: {where}: {text}: {got}; wanted: {wanted}."
-
-
 # --- as text -------------------------------------------------------------------------------------
 
 HEAD = (
@@ -191,15 +186,11 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown(
-    rows: Sequence[Row], judged: Sequence[Verdict], plot: str, notes: Sequence[str]
-) -> list[str]:
-    """The parts of the report."""
-    parts = [f"![losses and times of all]({plot})"]
+def tables(rows: Sequence[Row]) -> list[str]:
+    """A heading and a table for each link."""
+    parts = []
     for link in links(rows):
         parts.append(f"## {link_name(link)}")
         of_this = [cells(row) for row in rows if row.link == link]
         parts.append(results.markdown_table(HEAD, of_this, texts=2))
-    parts.append("## Targets")
-    parts.append("\n".join(f"- {sentence(verdict)}" for verdict in judged))
-    return [*parts, "## How to read it", "\n".join(f"- {note}" for note in notes)]
+    return parts
