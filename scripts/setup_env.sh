@@ -39,7 +39,7 @@ for package in distributions():
 PY
 }
 
-fingerprint() { # of all that an install depends on
+fingerprint() { # of all that an install depends on, and of whether the native kernels are built
     "$python" -I - <<'PY'
 import hashlib, pathlib, sys
 
@@ -47,6 +47,8 @@ digest = hashlib.sha256(f"{sys.version}{pathlib.Path.cwd()}".encode())
 names = ["setup.cfg", "setup.py", "pyproject.toml", "scripts/constraints.txt"]
 for path in [*map(pathlib.Path, names), *sorted(pathlib.Path("sparse_comm").rglob("*.[ch]"))]:
     digest.update(path.read_bytes())
+built = sorted(path.name for path in pathlib.Path("sparse_comm/kernels").glob("_native.*"))
+digest.update(repr(built).encode())
 print(digest.hexdigest())
 PY
 }

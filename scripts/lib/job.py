@@ -79,6 +79,9 @@ def run_script(
     console = Console()
     errors = Console(stderr=True, markup=False, highlight=False)
     origin = results.origin(packages)
+    if not origin["kernels"].startswith("native"):
+        text = f"Kernels: {origin['kernels']}. What compact training computes takes longer."
+        console.print(text, markup=False)
     try:
         rows = measure(console)
     except RankFailed as error:

@@ -7,6 +7,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from sparse_comm.kernels import describe
+
 
 def provenance(command: str, packages: tuple[str, ...]) -> dict[str, str]:
     """Facts to print beside a result. No host names and no paths: results are published."""
@@ -17,6 +19,7 @@ def provenance(command: str, packages: tuple[str, ...]) -> dict[str, str]:
         "machine": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {_memory_gib()} GiB",
         "load average at the start": f"{os.getloadavg()[0]:.1f}",
         "versions": ", ".join(versions),
+        "kernels": _kernels(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
     }
@@ -36,6 +39,12 @@ def _cpu_model() -> str:
 
 def _memory_gib() -> int:
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+
+
+def _kernels() -> str:
+    """Those that CPU tensors get, and why not the native ones."""
+    facts = describe()
+    return f"{facts['backend']}, {facts['instruction_set'] or facts['reason']}"
 
 
 def _version(package: str) -> str:
