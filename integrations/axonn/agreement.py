@@ -7,16 +7,41 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_comm.mask_sync import gather, on_all_ranks
 
 from .modules import config
 from .start import state
 
-__all__ = ["agreed_count", "check_arguments", "check_shapes", "compare_options"]
+__all__ = ["agreed_count", "check_arguments", "check_shapes", "compare_options", "micro_batches"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def micro_batches(batch: Tensor, labels: Any) -> int:
+    """How many of this rank's batch; refuses what no step can begin with."""
+    size = config.micro_batch_size
+    if state().stepping:
+        raise RuntimeError(
+            "an earlier step has failed, and what other stages sent for it may be under way: "
+            "start the program anew, from a checkpoint"
+        )
+    if size < 1:
+        raise ValueError(
+            "the size of a micro-batch is unknown: give InterLayerEngine(…, "
+            "micro_batch_size=…), or make the loader by AxoNN's create_dataloader"
+        )
+    given = [("batch", len(batch))]
+    if config.inter_layer_parallel_rank == config.G_inter - 1:  # which alone reads them
+        given.append(("labels", len(labels)))
+    for what, number in given:
+        if number == 0 or number % size or number != len(batch):
+            raise ValueError(
+                f"{what} of {number} samples: expected a multiple of the micro-batch size "
+                f"{size}" + (f", as many as the batch has, {len(batch)}" * (what == "labels"))
+            )
+    return len(batch) // size
 
 
 def agreed_count(count: Callable[[], int], eval_mode: bool) -> int:

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_sync import on_all_ranks
 from sparse_comm.reduce import GradientBuckets, Reduction
 
-from .agreement import agreed_count, check_arguments, check_shapes, compare_options
+from .agreement import agreed_count, check_arguments, check_shapes, compare_options, micro_batches
 from .averaging import agreed_cap_mb, make_buckets, trained
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compacting import make_compact
 from .layers import refuse_unscattered
+from .loss_scale import agree_on_scale, unscale
 from .masks import Names, whole_names
 from .modules import config, inter_layer, intra_layer, overlap_communication
 from .span import span
@@ -226,7 +226,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         def count() -> int:
             if optimizer is None and not eval_mode:
                 raise TypeError("training needs the optimizer; without one, give eval_mode=True")
-            return self._micro_batches(batch, labels)
+            return micro_batches(batch, labels)
 
         self._count = agreed_count(count, eval_mode)
         if (now := trained(self.model)) != self._trained:  # some were frozen, or no longer are
@@ -255,29 +255,6 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             )
         self._state.stepping = False
         return loss
-
-    def _micro_batches(self, batch: Tensor, labels: Any) -> int:
-        size = config.micro_batch_size
-        if self._state.stepping:
-            raise RuntimeError(
-                "an earlier step has failed, and what other stages sent for it may be under way: "
-                "start the program anew, from a checkpoint"
-            )
-        if size < 1:
-            raise ValueError(
-                "the size of a micro-batch is unknown: give InterLayerEngine(…, "
-                "micro_batch_size=…), or make the loader by AxoNN's create_dataloader"
-            )
-        given = [("batch", len(batch))]
-        if config.inter_layer_parallel_rank == config.G_inter - 1:  # which alone reads them
-            given.append(("labels", len(labels)))
-        for what, number in given:
-            if number == 0 or number % size or number != len(batch):
-                raise ValueError(
-                    f"{what} of {number} samples: expected a multiple of the micro-batch size "
-                    f"{size}" + (f", as many as the batch has, {len(batch)}" * (what == "labels"))
-                )
-        return len(batch) // size
 
     def _make_buckets(self) -> GradientBuckets:
         return make_buckets(self.model, self.names, self.reduction, self._cap_mb)
@@ -388,35 +365,10 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
     # ---------------------------------------------------------------- fp16
 
     def _unscale_gradients(self) -> bool:
-        """Divide by the loss scale; whether any gradient of any rank has overflowed."""
         if self._evaluates:
             return False
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        found = torch.zeros(1, device=self._state.device)
-        inverse = torch.full((1,), 1 / self.scaler.loss_scale, device=self._state.device)
-        if gradients:
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
-        return bool(self._sync_scale(bool(found.item())))
-
-    def _sync_scale(self, local_overflow: bool) -> bool:
-        """As AxoNN's, which needs MPI for it."""
-        overflow = torch.tensor([float(local_overflow)], device=self._state.device)
-        dist.all_reduce(overflow, dist.ReduceOp.MAX)
-        scaler = self.scaler
-        said = ""
-        if overflow.item():
-            scaler.loss_scale = max(scaler.loss_scale / 2, scaler.min_scale)
-            scaler.no_overflow_iters = 0
-            said = f"overflow detected - reducing loss scale to {scaler.loss_scale}"
-        else:
-            scaler.no_overflow_iters += 1
-            if scaler.no_overflow_iters == scaler.scaling_window:
-                scaler.loss_scale = min(scaler.loss_scale * 2, scaler.max_scale)
-                scaler.no_overflow_iters = 0
-                said = f"increasing loss scale to {scaler.loss_scale}"
-        if said and dist.get_rank() == 0:
-            print(said)
-        return bool(overflow.item())
+        overflow = unscale(self.model, self.scaler.loss_scale, self._state.device)
+        return agree_on_scale(self.scaler, overflow, self._state.device)
 
 
 class _Nothing:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from axonn import axonn as ax
 from axonn.inter_layer import AxoNN_Inter_Layer_Engine
@@ -395,8 +396,6 @@ def a_profile_shows_the_phases(rank: int, world_size: int) -> None:
 
 def on_all(tensor: Tensor, group: Any) -> bool:
     """Whether all ranks of the group have the same bits."""
-    import torch.distributed as dist
-
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return all(torch.equal(part, tensor) for part in parts)
