@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib import deepspeed_run, results
-from lib.axonn_compare import AXONN
+from lib.axonn_compare import AXONN, grid
 from lib.bench import LOOPBACK, check_links
 from lib.compare_run import Plan, compare
 from lib.deepspeed_compare import DEEPSPEED
@@ -108,15 +108,6 @@ def parse_arguments() -> argparse.Namespace:
             "needs 2"
         )
     return options
-
-
-def grid(text: str) -> tuple[int, int]:
-    """Of an argument such as 2x1."""
-    stages, _, replicas = text.partition("x")
-    sizes = int(stages), int(replicas)
-    if min(sizes) < 1 or sizes[0] * sizes[1] % 2:
-        raise ValueError
-    return sizes
 
 
 def check_machine(parser: argparse.ArgumentParser, framework: str) -> None:

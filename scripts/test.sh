@@ -2,6 +2,7 @@
 # Sets up .venv where needed, then runs every check; arguments go to pytest.
 #
 #     bash scripts/test.sh -x -k pattern
+#     bash scripts/test.sh -n 0 --pdb        by one process, as a debugger needs it
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,4 +26,5 @@ run() {
 run ruff check
 run ruff format --check
 run mypy
-run pytest "$@"
+# A file is one worker's: its tests share processes. Most of them wait for ranks half of their time.
+run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.lib.axonn_compare import grid
 from scripts.lib.axonn_kinds import (
     BUBBLE,
     BUCKETS,
@@ -84,9 +85,12 @@ def test_messages_of_a_quick_benchmark_are_all_there(tmp_path):
 
 
 def test_options_that_cannot_work_are_refused():
-    for grid in ("2", "0x2", "3x1"):
-        done = start("compare_comm.py", "--framework", "axonn", "--grids", grid)
-        assert done.returncode == 2 and f"invalid grid value: '{grid}'" in done.stderr
+    done = start("compare_comm.py", "--framework", "axonn", "--grids", "3x1")
+    assert done.returncode == 2 and "invalid grid value: '3x1'" in done.stderr
+    assert grid("2x1") == (2, 1)
+    for text in ("2", "0x2", "x", "2x2x2"):
+        with pytest.raises(ValueError):
+            grid(text)
 
 
 # --- phases and reports, of spans made up --------------------------------------------------------

@@ -117,14 +117,17 @@ def _first_failure(codes: list[int | None], workdir: Path) -> str:
     else:
         failed = next(rank for rank, code in enumerate(codes) if code)
         text = (workdir / f"rank{failed}.log").read_text()
-    return "\n".join([text, *(_how_it_ended(rank, code) for rank, code in enumerate(codes))])
+    ends = (_how_it_ended(rank, code, workdir) for rank, code in enumerate(codes))
+    return "\n".join([text, *ends])
 
 
-def _how_it_ended(rank: int, code: int | None) -> str:
+def _how_it_ended(rank: int, code: int | None, workdir: Path) -> str:
     if code is None:
         return f"Rank {rank} was still running and was stopped."
-    if code < 0:
-        return f"Rank {rank} was killed by {signal.Signals(-code).name}."
+    if code < 0:  # by whom, only its log may know
+        said = (workdir / f"rank{rank}.log").read_text()[-2000:].strip()
+        text = f"Rank {rank} was killed by {signal.Signals(-code).name}"
+        return f"{text}; it had said:\n{said}" if said else f"{text}."
     return f"Rank {rank} ended with status {code}."
 
 
