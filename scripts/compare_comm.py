@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib import deepspeed_run, results
-from lib.axonn_compare import AXONN, grid
+from lib.axonn_compare import AXONN
+from lib.axonn_report import grid
 from lib.bench import LOOPBACK, check_links
 from lib.compare_run import Plan, compare
 from lib.deepspeed_compare import DEEPSPEED

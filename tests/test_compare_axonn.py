@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from scripts.lib.axonn_compare import grid
 from scripts.lib.axonn_kinds import (
     BUBBLE,
     BUCKETS,
@@ -27,7 +27,7 @@ from scripts.lib.axonn_kinds import (
     RELEASED_BF16,
 )
 from scripts.lib.axonn_phases import Span, phases, sends
-from scripts.lib.axonn_report import rows_of, verdicts
+from scripts.lib.axonn_report import grid, rows_of, verdicts
 from scripts.lib.step_kinds import CACHED
 
 pytest.importorskip("axonn")
@@ -86,10 +86,10 @@ def test_messages_of_a_quick_benchmark_are_all_there(tmp_path):
 
 def test_options_that_cannot_work_are_refused():
     done = start("compare_comm.py", "--framework", "axonn", "--grids", "3x1")
-    assert done.returncode == 2 and "invalid grid value: '3x1'" in done.stderr
+    assert done.returncode == 2 and "'3x1' has an odd number of ranks" in done.stderr
     assert grid("2x1") == (2, 1)
     for text in ("2", "0x2", "x", "2x2x2"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ArgumentTypeError, match="is no grid: give stages x replicas"):
             grid(text)
 
 

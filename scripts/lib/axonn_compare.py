@@ -20,15 +20,6 @@ FULL = {
 QUICK = FULL | {"layers": 2, "width": 256, "warm_up": 4, "steps": 5, "tokens": 16}
 
 
-def grid(text: str) -> tuple[int, int]:
-    """Of an argument such as 2x1: stages, replicas."""
-    stages, _, replicas = text.partition("x")
-    sizes = int(stages), int(replicas)
-    if min(sizes) < 1 or sizes[0] * sizes[1] % 2:
-        raise ValueError
-    return sizes
-
-
 def about(job: dict, rank: dict) -> str:
     count = job["batch"] // job["micro_batch"]
     return (

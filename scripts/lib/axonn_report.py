@@ -1,6 +1,8 @@
 """Turns what the ranks of ``axonn_rank.py`` measured into tables, and checks the targets."""
 
 import math
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -70,6 +72,19 @@ class Row:
         if self.kind not in (MASKED, *COMPACT):  # their pruned weights grow back
             return False
         return not self.difference <= LIMIT or self.pruned_weights_left > 0
+
+
+def grid(text: str) -> Grid:
+    """Of an argument such as 2x1: stages, replicas."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise ArgumentTypeError(f"{text!r} is no grid: give stages x replicas, such as 2x1")
+    sizes = int(found[1]), int(found[2])
+    if sizes[0] * sizes[1] % 2:
+        raise ArgumentTypeError(
+            f"{text!r} has an odd number of ranks: half of them are on each side of the link"
+        )
+    return sizes
 
 
 def grid_name(grid: Grid) -> str:

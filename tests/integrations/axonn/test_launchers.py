@@ -43,7 +43,7 @@ def launch(
     out: Path,
     *arguments: str,
     program: str = PROGRAM,
-    timeout: float = 100,
+    timeout: float = 140,
 ) -> tuple[str, int]:
     """What the program printed, and how it ended; fails if any process of it is left."""
     out.mkdir(exist_ok=True)
