@@ -68,10 +68,11 @@ def agreed_count(count: Callable[[], int], eval_mode: bool) -> int:
         said = torch.stack(all_ranks).tolist()
     else:
         said = [[mine, int(eval_mode)]]
-    if failure is not None:
-        raise failure
     if failed := [rank for rank, (number, _) in enumerate(said) if number < 0]:
-        raise ValueError(f"the batch of rank {failed[0]} was refused there: see what it says")
+        reasons = gather(str(failure))
+        if failure is not None:
+            raise failure
+        raise ValueError(f"rank {failed[0]} refused its batch: {reasons[failed[0]]}")
     grid = torch.arange(len(said)).reshape(-1, config.G_inter, config.G_intra)
     for pipeline in grid.transpose(1, 2).reshape(-1, config.G_inter).tolist():
         steps = [said[rank] for rank in pipeline]

@@ -170,10 +170,11 @@ def save_checkpoint(
 
 
 def _prepare(folder: Path) -> None:
-    """Of what is saved here already, take away what makes it a checkpoint, before it changes."""
+    """Take away what is saved here already; first what makes it a checkpoint."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _TRAINING).unlink(missing_ok=True)
+        for file in (folder / _TRAINING, folder / ".metadata", *folder.glob("*.distcp")):
+            file.unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -112,6 +112,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         self.names = on_all_ranks(lambda: whole_names(model, names))
         check_shapes(model)
         refuse_unscattered(model)
+        TiedStages.check(model, self.names, tied)
         if sparse:
             given = TiedStages.with_both_masks(masks, tied)
             make_compact(model, given, self.names, weights, optimizer)
@@ -138,6 +139,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         Raises:
             RuntimeError: the engine was made without ``stats=True``.
         """
+        if self.reduction.recorder is None:
+            raise RuntimeError("this engine keeps no figures: InterLayerEngine(…, stats=True)")
         return self.reduction.stats()
 
     def reset_stats(self) -> None:

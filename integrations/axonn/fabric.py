@@ -20,6 +20,7 @@ from sparse_comm.reduce import GradientBuckets, Reduction
 
 from .averaging import agreed_cap_mb, make_buckets, trained
 from .compacting import make_compact
+from .launcher import start_mpi_for_others
 from .layers import refuse_unscattered
 from .masks import whole_names
 from .modules import intra_layer
@@ -72,6 +73,7 @@ class FabricStrategy(AxonnStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        start_mpi_for_others()
         if masks is not None and not sparse:
             raise ValueError("masks are given, but not sparse=True")
         self._sparse, self._masks, self._weights = sparse, masks, weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -15,7 +16,14 @@ import torch.distributed as dist
 
 from .modules import mpi, no_mpi
 
-__all__ = ["Launch", "bring_all_down_on_errors", "finalize_mpi", "launched", "start_process_group"]
+__all__ = [
+    "Launch",
+    "bring_all_down_on_errors",
+    "finalize_mpi",
+    "launched",
+    "start_mpi_for_others",
+    "start_process_group",
+]
 
 # What launchers of MPI programs tell each process: its rank and the number of all.
 _MPI_NAMES = (
@@ -105,6 +113,18 @@ def _mpi_world() -> Any:
     if not mpi.Is_initialized():
         mpi.Init()
     return mpi.COMM_WORLD
+
+
+def start_mpi_for_others() -> None:
+    """Initialize MPI, if this process may be MPI's, and finish it at the end.
+
+    AxoNN imports mpi4py so that MPI is not; Lightning, which asks it for the number of ranks
+    unless torchrun has started them, would be aborted.
+    """
+    if mpi is None or _by_environment()[0] == "torchrun" or mpi.Is_initialized():
+        return
+    mpi.Init()
+    atexit.register(finalize_mpi, failed=False)
 
 
 def finalize_mpi(failed: bool) -> None:

@@ -70,7 +70,13 @@ def agreed_patterns(
     """
     given = on_all_ranks(lambda: _named(masks))
     known = [name for held in gather(list(there.values())) for name in held]
-    on_all_ranks(lambda: _check_known(given, known))
+    hint = ""
+    if config.G_inter > 1 and all(local == name for local, name in there.items()):
+        hint = (
+            "; masks go by the names of the whole model: if stages call their parameters "
+            "otherwise, give the engine names=…"
+        )
+    on_all_ranks(lambda: _check_known(given, known, hint))
     patterns = on_all_ranks(lambda: _of_this_rank(model, given, there))
     parallel = {path for path, _ in layers_of(model)}
     digests = {}
@@ -94,10 +100,10 @@ def _named(masks: Any) -> dict[str, Tensor | SparsityPattern]:
     return dict(masks)
 
 
-def _check_known(names: Iterable[str], known: list[str]) -> None:
+def _check_known(names: Iterable[str], known: list[str], hint: str) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(unknown_name(name, known, "parameter of any stage"))
+            raise ValueError(unknown_name(name, known, "parameter of any stage") + hint)
 
 
 def _where(parallel: bool) -> str:

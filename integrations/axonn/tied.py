@@ -25,6 +25,8 @@ __all__ = ["TiedStages"]
 class TiedStages:
     """Keeps two parameters equal: same values at the start, same gradients at each step.
 
+    Their names have been checked.
+
     Args:
         model: this rank's stage, compact or dense.
         there: name in the whole model by name in the stage.
@@ -32,7 +34,7 @@ class TiedStages:
         state: of ``init``.
 
     Raises:
-        ValueError: on all ranks: no such parameters, or of different shapes, dtypes or masks.
+        ValueError: on all ranks: parameters of different shapes, dtypes or masks.
 
     Source: the sum is that of Megatron-LM (Shoeybi et al., 2019); of values only, ours.
     """
@@ -41,7 +43,7 @@ class TiedStages:
         self, model: nn.Module, there: Mapping[str, str], tied: tuple[str, str], state: State
     ) -> None:
         self.names = tied
-        self._parameter = on_all_ranks(lambda: _find(model, there, tied))
+        self._parameter = _find(model, there, tied)
         self._group = None
         self._alone = config.G_inter == 1
         if self._alone:
@@ -69,6 +71,11 @@ class TiedStages:
         travels = gradient.to(reduction.wire_dtype(gradient.dtype))
         dist.all_reduce(travels, group=self._group)
         gradient.copy_(travels)
+
+    @staticmethod
+    def check(model: nn.Module, there: Mapping[str, str], tied: tuple[str, str] | None) -> None:
+        """Raise, on all ranks, if there are no parameters of these names. A collective."""
+        on_all_ranks(lambda: tied and _find(model, there, tied))
 
     @staticmethod
     def with_both_masks(

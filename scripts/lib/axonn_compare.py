@@ -56,8 +56,9 @@ NOTES = (
     "of the slowest rank; medians with 95 % bootstrap intervals; ratios are of medians, resampled "
     "in pairs of equal batches.",
     f"last losses: mean of the last {FINAL_STEPS} steps (or of all, if fewer). largest |Δloss|: "
-    f"over all steps, against masked dense; above {axonn_report.LIMIT:g} the script fails, as it "
-    "does if a pruned weight of a masked or compact side is not exactly zero.",
+    f"over all steps, against masked dense. Of compact sides above {axonn_report.LIMIT:g} the "
+    "script fails, as it does if a pruned weight of a masked or compact side is not exactly zero; "
+    "in the others pruned weights grow back, which is another training.",
 )
 
 AXONN = Framework(

@@ -45,8 +45,8 @@ NOTES = (
     "than on a backend that has a real one, dense and compact alike.",
     f"last losses: mean of the last {FINAL_STEPS} steps (or of all, if fewer). held-out loss: by "
     "the engine in eval mode, in bf16. largest |Δloss|: over all steps, against masked dense; "
-    f"above {deepspeed_report.LIMIT:g} the script fails, as it does if a pruned weight of a masked "
-    "or compact side is not exactly zero.",
+    f"above {deepspeed_report.LIMIT:g} the script fails, but for dense, as it does if a pruned "
+    "weight of a masked or compact side is not exactly zero.",
 )
 
 DEEPSPEED = Framework(

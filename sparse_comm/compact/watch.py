@@ -80,7 +80,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 raise RuntimeError(
                     f"{type(optimizer).__name__} holds the parameter {name!r} as it was before "
                     "sparse_comm replaced it (compact, densify or update_masks): build the "
-                    "optimizer afterwards, or pass it: compact(model, masks, optimizer=optimizer)"
+                    "optimizer afterwards, or pass it where that is done: optimizer=optimizer"
                 )
             if name_ndim := getattr(p, MARK, None):
                 refuse_matrix_optimizer(optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,10 @@ def a_2_by_2_grid_is_resumed_by_1_by_4_and_4_by_1(rank: int, world_size: int) ->
         optimizer = adamw(engine.model)
         train(engine, optimizer, 0, 3)
         optimizer.param_groups[0]["lr"] = 3e-3
-        engine.save_checkpoint(folder, optimizer, extra={"step": 3})
+        with warnings.catch_warnings():  # the second replaces the first, as it is meant
+            warnings.filterwarnings("error", "Detected an existing checkpoint")
+            for step in (2, 3):
+                engine.save_checkpoint(folder, optimizer, extra={"step": step})
         expected = train(engine, optimizer, 3, 4)
     for sizes in ((1, 4), (4, 1), (2, 2)):
         for weights in ("cached", "transient"):

@@ -363,6 +363,11 @@ def an_optimizer_built_before_is_carried_over(rank: int, world_size: int) -> Non
 @case(CASES)
 def figures_say_what_was_sent(rank: int, world_size: int) -> None:
     masks = masks_of_whole()
+    with (
+        grid(*GRIDS[world_size][0]),
+        pytest.raises(RuntimeError, match=r"InterLayerEngine\(…, stats=True\)"),
+    ):
+        engine_of().stats()
     for sizes in GRIDS[world_size]:
         with grid(*sizes):
             for overlap in (True, False):

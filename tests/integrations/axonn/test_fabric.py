@@ -16,6 +16,7 @@ from torch import nn
 import sparse_comm
 from tests.compact.models import pruned_are_zero, random_masks, zero_pruned_
 from tests.integrations.axonn.models import sgd
+from tests.integrations.axonn.test_launchers import launch, needs_mpi
 from tests.integrations.axonn.test_layers import (
     ALL,
     assert_same_weights,
@@ -150,3 +151,26 @@ def what_cannot_work_is_refused_on_all_ranks(rank: int, world_size: int) -> None
 @pytest.mark.parametrize("name", CASES)
 def test_fabric(name: str) -> None:
     passed(__name__, 2, name)
+
+
+@needs_mpi
+def test_lightning_may_ask_mpi_for_its_ranks(tmp_path):
+    printed, code = launch("mpirun", 2, tmp_path, program=__name__)
+    assert code == 0, printed
+    assert printed.count("compact on 2 ranks") == 2
+
+
+def main() -> None:
+    masks = random_masks(mlp(), 0.4)
+    strategy = strategy_of(G_intra_r=2, sparse=True, masks=masks)
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    model = made(fabric)
+    fabric_model, optimizer = fabric.setup(model, sgd(model))
+    train(fabric, fabric_model, optimizer, 1)
+    assert pruned_are_zero(model)
+    print(f"compact on {fabric.world_size} ranks", flush=True)
+
+
+if __name__ == "__main__":
+    main()

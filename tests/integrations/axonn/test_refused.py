@@ -107,9 +107,9 @@ def batches_that_micro_batches_do_not_divide(rank: int, world_size: int) -> None
         optimizer = adamw(engine.model)
         with pytest.raises(ValueError, match=r"batch of 6 samples: expected a multiple of .* 4"):
             engine.forward_backward_optimizer(x, y, optimizer)
-        with pytest.raises(ValueError, match=r"labels of 6 samples|batch of rank 1 was refused"):
+        with pytest.raises(ValueError, match="labels of 6 samples: expected"):
             engine.forward_backward_optimizer(batch(0)[0], y, optimizer)
-        with pytest.raises(ValueError, match=r"batch of 6 samples|batch of rank 1 was refused"):
+        with pytest.raises(ValueError, match="batch of 6 samples: expected"):
             engine.forward_backward_optimizer(*((x, y) if rank else batch(0)), optimizer)
         fewer = batch(0, 4) if rank else batch(0)
         with pytest.raises(ValueError, match=r"rank 0 trains on 2 micro-batches, rank 1 trains on"):
@@ -149,7 +149,7 @@ def masks_that_differ_between_replicas(rank: int, world_size: int) -> None:
 def masks_that_fit_nothing(rank: int, world_size: int) -> None:
     with grid(G_inter=2):
         masks = masks_of_whole()
-        with pytest.raises((ValueError, RuntimeError), match=r"'9\.up\.weight'.*any stage"):
+        with pytest.raises((ValueError, RuntimeError), match=r"'9\.up\.weight'.*of any stage"):
             engine_of(masks | {"9.up.weight": masks["2.up.weight"]})
         with pytest.raises((ValueError, RuntimeError), match=r"'1\.up\.weight' has shape \(3, 3\)"):
             wrong = masks | {"1.up.weight": torch.ones(3, 3, dtype=torch.bool)}

@@ -155,9 +155,10 @@ def both_ends_keep_the_same_bits(rank: int, world_size: int) -> None:
 
 @case(CASES)
 def names_that_are_not_there_are_refused_on_all_ranks(rank: int, world_size: int) -> None:
-    raised = pytest.raises((ValueError, RuntimeError), match=r"has no parameter 'tail")
-    with grid(*GRIDS[world_size][0]), raised:
-        engine_of({}, 4, tied=("wte.weight", "tail.weight"))
+    for masks in ({}, random_masks(Whole())):
+        raised = pytest.raises((ValueError, RuntimeError), match=r"has no parameter 'tail")
+        with grid(*GRIDS[world_size][0]), raised:
+            engine_of(masks, 4, tied=("wte.weight", "tail.weight"))
 
 
 @case(CASES)
