@@ -19,7 +19,7 @@ import tests.integrations.deepspeed  # noqa: F401  (which picks the accelerator)
 def main() -> None:
     """Build all, or say why not: the tests that need them will fail, and say more."""
     os.setpgrp()  # to be killed together with the compiler
-    os.nice(19)
+    os.nice(5)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # torch then takes its lock away
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
