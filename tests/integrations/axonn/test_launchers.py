@@ -43,7 +43,7 @@ def launch(
     out: Path,
     *arguments: str,
     program: str = PROGRAM,
-    timeout: float = 140,
+    timeout: float = 240,
 ) -> tuple[str, int]:
     """What the program printed, and how it ended; fails if any process of it is left."""
     out.mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ def test_messages_of_an_odd_number_of_16_bit_elements_arrive_over_mpi(trained):
 )
 def test_a_rank_that_fails_brings_all_down_with_its_traceback_first(launcher, fails_on, tmp_path):
     out = tmp_path / "out"
-    printed, code = launch(launcher, 4, out, "2", "2", f"--fails-on={fails_on}", timeout=60)
+    printed, code = launch(launcher, 4, out, "2", "2", f"--fails-on={fails_on}")
     assert code != 0
     errors = re.findall(r"(\w+(?:Error|Exception)): (.*)", printed)
     assert errors[0] == ("ZeroDivisionError", "the reason why all ends"), printed[:3000]
