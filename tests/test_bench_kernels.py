@@ -25,6 +25,8 @@ from scripts.lib.kernel_timing import SLOW_TURNS, Side, interleave, turns
 from sparse_comm import kernels
 from sparse_comm.kernels import native
 
+pytestmark = pytest.mark.alone
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PATIENCE = 120  # seconds that a busy machine may take
 TORCH_WAYS = {"pack": 4, "accumulate": 4, "expand": 3}

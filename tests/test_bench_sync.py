@@ -14,6 +14,8 @@ from scripts.lib import bench
 from scripts.lib.sync_report import DENSE_BF16, DENSE_FP32, OURS, SAMO, Row, rows_of, verdicts
 from tests.links import links_possible
 
+pytestmark = pytest.mark.alone
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_sync.py"
 OF_EACH_DENSITY = ["COO all-reduce, fp32", *SAMO, "sparse_comm fp32", "sparse_comm bf16"]
 

@@ -31,6 +31,7 @@ from scripts.lib.axonn_report import grid, rows_of, verdicts
 from scripts.lib.step_kinds import CACHED
 
 pytest.importorskip("axonn")
+pytestmark = pytest.mark.alone
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -39,7 +39,7 @@ def main() -> None:
         engine = models.engine_of(models.masks_of_whole(), dtype=dtype)
         if options.fails_on == dist.get_rank():
             fail_later(engine.model)
-        said["losses"][str(dtype)] = models.train(engine, steps=8)
+        said["losses"][str(dtype)] = models.train(engine, steps=20)
     for grid in ((4, 1), (1, 4)):  # stages in the middle, and none
         sparse_axonn.init(*grid, transport=options.transport)
         engine = models.engine_of(models.masks_of_whole())

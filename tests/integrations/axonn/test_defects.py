@@ -94,6 +94,7 @@ def test_fp16_without_mpi_ends_axonns_process_and_not_ours():
 
 
 @needs_mpi
+@pytest.mark.alone
 def test_pipelines_over_mpi_fail_in_axonn_and_pass_in_ours(tmp_path):
     printed, code = launch("mpirun", 2, tmp_path, program=__name__)
     assert code == 0, printed

@@ -154,6 +154,7 @@ def test_fabric(name: str) -> None:
 
 
 @needs_mpi
+@pytest.mark.alone
 def test_lightning_may_ask_mpi_for_its_ranks(tmp_path):
     printed, code = launch("mpirun", 2, tmp_path, program=__name__)
     assert code == 0, printed

