@@ -34,8 +34,7 @@ LINKS = ("1gbit", LOOPBACK)
 def main() -> int:
     options = parse_arguments()
     framework = FRAMEWORKS[options.framework]
-    stages, grids = sorted(set(options.stages)), list(dict.fromkeys(options.grids))
-    sections = {DEEPSPEED.package: stages, AXONN.package: grids}[framework.package]
+    sections = list(dict.fromkeys(options.grids if framework is AXONN else sorted(options.stages)))
     size = (framework.quick if options.quick else framework.full) | {"seed": options.seed}
     if options.steps:
         size |= {"steps": options.steps}

@@ -108,8 +108,8 @@ def launchers(notes: list[str]) -> dict[str, list[str]]:
 
 def run_all(repeats: int, notes: list[str], console: Console) -> list[Row]:
     """A row a launcher and kind of run; they take turns."""
-    kinds = [(name, fails) for name in launchers(notes) for fails in (None, FIRST, LAST)]
-    commands = launchers([])
+    commands = launchers(notes)
+    kinds = [(name, fails) for name in commands for fails in (None, FIRST, LAST)]
     seconds: dict = {kind: [] for kind in kinds}
     with progress_bars(console) as progress:
         on_progress = add_bar(progress, "launches", repeats * len(kinds))

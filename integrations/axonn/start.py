@@ -129,9 +129,7 @@ def init(
         groups = _groups_to_average(sizes, backend)
         carrier: Transport | None = None
         if G_inter > 1:
-            carrier = (
-                MPITransport(device == "cpu") if transport == "mpi" else TorchTransport(pipeline)
-            )
+            carrier = MPITransport() if transport == "mpi" else TorchTransport(pipeline)
         _state = State(device, carrier, groups, pipeline, stack.pop_all())
     _at_exit(launch)
 

@@ -11,7 +11,6 @@ import collections
 import concurrent.futures as futures
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -21,9 +20,6 @@ from torch import Tensor
 from .modules import ax, mpi
 
 __all__ = ["MPITransport", "Request", "TorchTransport", "Transport"]
-
-_EAGER = 50e-6  # seconds in which a message that comes at once is not missed
-_LONGEST_SLEEP = 200e-6  # seconds
 
 
 class Request(Protocol):
@@ -53,58 +49,25 @@ class MPITransport:
     """MPI's point-to-point messages, over AxoNN's own communicator of the pipeline.
 
     AxoNN's messages are of ``MPI.FLOAT``, and so cannot be of an odd number of 16-bit elements.
-
-    Args:
-        sleeps: whether a stage that waits leaves its core to others. MPI's own waiting keeps it
-            busy, by which steps of four ranks on two cores take up to a tenth longer.
     """
-
-    def __init__(self, sleeps: bool) -> None:
-        self._sleeps = sleeps
 
     def send(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
-        return self._request(ax.comm_handle.p2p_mpi_comm.Isend(_bytes(tensor), stage))
+        request: Request = ax.comm_handle.p2p_mpi_comm.Isend(_bytes(tensor), stage)
+        return request
 
     def receive(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
-        return self._request(ax.comm_handle.p2p_mpi_comm.Irecv(_bytes(tensor), stage))
-
-    def _request(self, request: Any) -> Any:
-        return _Slept(request) if self._sleeps else request
+        request: Request = ax.comm_handle.p2p_mpi_comm.Irecv(_bytes(tensor), stage)
+        return request
 
     def first(self, requests: Sequence[Any]) -> int:
         """See Transport."""
-        if self._sleeps:
-            return _first_done(requests)
         return int(mpi.Request.Waitany(list(requests)))
 
 
 def _bytes(tensor: Tensor) -> Any:
     return [mpi.memory.fromaddress(tensor.data_ptr(), tensor.nbytes), mpi.BYTE]
-
-
-class _Slept:
-    """A request of MPI that is waited for asleep."""
-
-    __slots__ = ("Test", "_request")
-
-    def __init__(self, request: Any) -> None:
-        self._request, self.Test = request, request.Test
-
-    def Wait(self) -> None:
-        _first_done([self])
-
-
-def _first_done(requests: Sequence[Any]) -> int:
-    """Which request is done first: looks all the time at first, then less and less often."""
-    began = time.perf_counter()
-    while True:
-        for number, request in enumerate(requests):
-            if request.Test():
-                return number
-        if (waited := time.perf_counter() - began) > _EAGER:
-            time.sleep(min(waited / 8, _LONGEST_SLEEP))
 
 
 class TorchTransport:
