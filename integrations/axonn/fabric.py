@@ -128,11 +128,12 @@ class FabricStrategy(AxonnStrategy):
         return module
 
     def _make_buckets(self, module: nn.Module) -> GradientBuckets:
+        assert self._cap_mb is not None  # since the module was set up
         buckets = make_buckets(
             module,
             whole_names(module, None),
             Reduction(self._reduce_dtype),
-            self._cap_mb or 1.0,
+            self._cap_mb,
             own_batches=True,
         )
         # Its own overlap gives weights their gradients after backward has passed them.

@@ -134,15 +134,16 @@ def finalize_mpi(failed: bool) -> None:
         failed: whether this process left a step in its middle; others may then wait for it, and it
             would wait for them.
     """
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized():
+    if not _is_running():
         return
     if failed:
         mpi.COMM_WORLD.Abort(1)
     mpi.Finalize()
 
 
-def _is_running(mpi: Any) -> bool:
-    return bool(mpi.Is_initialized() and not mpi.Is_finalized())
+def _is_running() -> bool:
+    """Whether MPI is there, initialized, and not finished."""
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
 def bring_all_down_on_errors(launch: Launch) -> None:
@@ -164,7 +165,7 @@ def bring_all_down_on_errors(launch: Launch) -> None:
             traceback.print_exception(kind, error, where)
         sys.stdout.flush()
         sys.stderr.flush()
-        if launch.by == "mpirun" and mpi is not None and _is_running(mpi):
+        if launch.by == "mpirun" and _is_running():
             mpi.COMM_WORLD.Abort(1)
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 

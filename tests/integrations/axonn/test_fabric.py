@@ -139,6 +139,10 @@ def what_cannot_work_is_refused_on_all_ranks(rank: int, world_size: int) -> None
     ahead = strategy_of(G_intra_d=2, overlap_communication=True)
     with pytest.raises(ValueError, match="gathers weights of several depths ahead"):
         fabric_of(rank, world_size, ahead).__enter__()
+    with fabric_of(rank, world_size, strategy_of(bucket_cap_mb=0)) as fabric:
+        model = made(fabric)
+        with pytest.raises(ValueError, match="bucket_cap_mb must be more than 0, got 0"):
+            fabric.setup(model, sgd(model))
     with fabric_of(rank, world_size, strategy_of(sparse=True, masks=masks)) as fabric:
         model = made(fabric)
         first, second = (torch.optim.SGD([p], 0.1) for p in list(model.parameters())[:2])
