@@ -9,7 +9,7 @@
 The processes are forked from a server that has imported torch already, so that a launch costs
 some tenths of a second; the server starts with the first launch and ends with the test session. The
 rendezvous store listens in the calling process on a port that the system picks, so no two launches
-can race for one. Whatever happens, no process outlives its launch.
+can race for one. Whatever happens, no process and no temporary file outlives its launch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
 import time
 import traceback
@@ -26,12 +27,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["CONTEXT", "Outcome", "RankError", "outcomes", "run"]
+__all__ = ["CONTEXT", "Outcome", "RankError", "outcomes", "run", "shared_folder"]
 
 _HOST = "127.0.0.1"
 _START = 60  # seconds in which all ranks must have started
@@ -67,7 +69,8 @@ def run(
     """What ``function(rank, world_size, *args)`` returns on each rank, in a process a rank.
 
     In each process the default process group is initialized (gloo), torch uses one thread, and
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS=1 are set.
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS=1 and TMPDIR (a folder
+    of this launch) are set.
 
     Args:
         function: at the top level of an importable module; arguments and result are pickled.
@@ -101,6 +104,13 @@ def outcomes(
     return [ended[rank][1] for rank in range(world_size)]
 
 
+def shared_folder() -> Path:
+    """A new folder that all ranks know, until the launch ends. A collective."""
+    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(made)
+    return Path(made[0])
+
+
 def _launch(
     function: Callable[..., Any],
     world_size: int,
@@ -112,12 +122,13 @@ def _launch(
     # Plain pickle: multiprocessing's own would put tensors into shared memory.
     work = pickle.dumps((function, args))
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    folder = tempfile.TemporaryDirectory(prefix="sparse_comm-tests-")
     processes: list[BaseProcess] = []
     ranks: dict[Connection, int] = {}  # of those that have not ended
     try:
         for rank in range(world_size):
             ours, theirs = CONTEXT.Pipe(duplex=False)
-            process_args = (theirs, work, rank, world_size, store.port, timeout)
+            process_args = (theirs, work, rank, world_size, store.port, timeout, folder.name)
             process = CONTEXT.Process(target=_rank_main, args=process_args)
             process.start()
             theirs.close()
@@ -129,6 +140,7 @@ def _launch(
             started.kill()
         for started in processes:
             started.join()
+        folder.cleanup()
 
 
 def _collect(
@@ -167,11 +179,19 @@ def _receive(pipe: Connection, process: BaseProcess) -> tuple[float, Outcome] | 
 
 
 def _rank_main(
-    pipe: Connection, work: bytes, rank: int, world_size: int, port: int, timeout: float
+    pipe: Connection,
+    work: bytes,
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: float,
+    folder: str,
 ) -> None:
     _die_with_parent()
     torch.set_num_threads(1)
+    tempfile.tempdir = folder
     os.environ.update(
+        TMPDIR=folder,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

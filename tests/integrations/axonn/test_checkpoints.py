@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
-from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,19 +26,10 @@ from tests.integrations.axonn.models import (
     whole_model,
 )
 from tests.integrations.cases import Cases, case, passed
+from tests.launch import shared_folder
 
 CASES: Cases = {}
 GLOBAL_BATCH = 16
-
-
-def shared_folder() -> Path:
-    """One folder for all ranks, until the processes end."""
-    path: list[Any] = [None]
-    if dist.get_rank() == 0:
-        path[0] = tempfile.mkdtemp(prefix="sparse-comm-")
-        Finalize(None, shutil.rmtree, (path[0],), exitpriority=0)
-    dist.broadcast_object_list(path, src=0)
-    return Path(path[0])
 
 
 def global_batch(step: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import sparse_comm
 from tests.compact.models import zero_pruned_
+from tests.launch import shared_folder
 
 from .rows import Refused, Rows, Train, by_deepspeed, row
 from .training import (
@@ -31,7 +32,6 @@ from .training import (
     block,
     mask_gradients,
     merged,
-    shared_folder,
     start,
     zero,
 )

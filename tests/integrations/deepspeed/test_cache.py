@@ -17,6 +17,7 @@ from torch import nn
 import sparse_comm
 from sparse_comm.compact.module import compact_slots
 from tests.integrations.cases import Case, Cases, case, passed
+from tests.launch import shared_folder
 
 from .training import (
     BASE,
@@ -28,7 +29,6 @@ from .training import (
     loss_of,
     merged,
     pruned,
-    shared_folder,
     start,
     train,
     zero,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import sparse_comm
 from tests.compact.models import same_nnz_masks, same_state
 from tests.integrations.cases import Case, Cases, case, passed
-from tests.launch import run
+from tests.launch import run, shared_folder
 
 from .training import (
     BASE,
@@ -36,7 +36,6 @@ from .training import (
     merged,
     on_first,
     pruned,
-    shared_folder,
     start,
     train,
     zero,

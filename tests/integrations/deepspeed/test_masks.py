@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 import sparse_comm
 from tests.integrations.cases import Cases, case, passed
-from tests.launch import run
+from tests.launch import run, shared_folder
 
 from .training import (
     BASE,
@@ -24,7 +24,6 @@ from .training import (
     mlp,
     on_first,
     pruned,
-    shared_folder,
     start,
     train,
     zero,

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 import sparse_comm
 from tests.compact.models import everything, same_nnz_masks, same_state
 from tests.integrations.cases import Cases, case, passed
-from tests.launch import RankError, outcomes
+from tests.launch import RankError, outcomes, shared_folder
 
 from .training import (
     BASE,
@@ -33,7 +33,6 @@ from .training import (
     mlp,
     on_first,
     pruned,
-    shared_folder,
     start,
     train,
     zero,

@@ -7,9 +7,7 @@ decay towards zero stay there.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -152,14 +150,6 @@ def train(engine: Any, steps: int = 6, accumulate: int = 1, first: int = 0) -> l
 def on_first(function: Callable[[], Any]) -> None:
     """Run something on rank 0; the others wait, and fail with it."""
     on_all_ranks(lambda: function() if dist.get_rank() == 0 else None)
-
-
-def shared_folder() -> Path:
-    """A new folder that all ranks know; one of temporary files. A collective."""
-    made = [tempfile.mkdtemp(prefix="sparse_comm-tests-") if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made)
-    assert made[0] is not None
-    return Path(made[0])
 
 
 def losses_of(engine: Any, **options: Any) -> list[float]:
