@@ -19,7 +19,10 @@ setup(
             ["sparse_comm/kernels/csrc/native.c"],
             depends=[
                 f"sparse_comm/kernels/csrc/{name}.h"
-                for name in ("avx2", "avx512", "blocks", "convert", "jobs", "levels", "portable")
+                for name in (
+                    *("avx2", "avx512", "blocks", "convert", "jobs", "levels", "nonzeros"),
+                    "portable",
+                )
             ],
             define_macros=[("Py_LIMITED_API", "0x030A0000")] if stable else [],
             # Contracting a * b + c into one rounding would make results depend on the processor.

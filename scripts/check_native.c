@@ -98,6 +98,30 @@ static void check(const level *l, int dense_dtype, int value_dtype, int64_t nume
     free(bits), free(offsets), free(dense), free(expected), free(out), free(values), free(sums);
 }
 
+/* Sparse entries, of which some have one bit set only, behind `start` others. */
+static void check_nonzeros(const level *l, size_t size, int64_t numel, unsigned share,
+                           int64_t start) {
+    int64_t words = (numel + WORD - 1) / WORD, blocks = (numel + BLOCK - 1) / BLOCK, nnz = 0;
+    unsigned char *entries = calloc((size_t)(numel + start) * size + 1, 1);
+    unsigned char *bits = malloc((size_t)words * 8 + 1), *in = entries + (size_t)start * size;
+    unsigned char *expected = calloc((size_t)words * 8 + 1, 1);
+    int64_t *offsets = malloc(((size_t)blocks + 1) * sizeof *offsets);
+    for (int64_t i = 0; i < numel; i++) {
+        if (random64() % 1000 >= share) continue;
+        in[(size_t)i * size + random64() % size] = (unsigned char)(1 << random64() % 8);
+        expected[i / 8] |= (unsigned char)(1 << i % 8);
+    }
+    int64_t found = find_nonzeros(l, bits, offsets, (char *)in, numel, size);
+    for (int64_t i = 0; i <= numel; i++) {
+        if ((i % BLOCK == 0 || i == numel) && offsets[(i + BLOCK - 1) / BLOCK] != nnz)
+            fail("an offset of nonzeros", l->name, (int)size, 0, numel);
+        if (i < numel) nnz += is_set(expected, i);
+    }
+    if (found != nnz || memcmp(bits, expected, (size_t)words * 8))
+        fail("nonzeros", l->name, (int)size, 0, numel);
+    free(entries), free(bits), free(expected), free(offsets);
+}
+
 int main(void) {
     static const int64_t LENGTHS[] = {0, 1, 63, 64, 65, 4095, 4097, 3 * BLOCK + 5};
     static const unsigned SHARES[] = {0, 10, 100, 500, 1000};
@@ -110,6 +134,10 @@ int main(void) {
                         check(&LEVELS[l], dense, value, LENGTHS[n], SHARES[s], (int64_t)(n % 3));
                     if (dense == value) check(&LEVELS[l], dense, value, 129 * BLOCK, SHARES[s], 0);
                 }
+        for (size_t size = 2; size <= 8; size *= 2)
+            for (size_t s = 0; s < sizeof SHARES / sizeof *SHARES; s++)
+                for (size_t n = 0; n < sizeof LENGTHS / sizeof *LENGTHS; n++)
+                    check_nonzeros(&LEVELS[l], size, LENGTHS[n], SHARES[s], (int64_t)(n % 3));
         printf("%s: as the plainest code\n", LEVELS[l].name);
     }
     return 0;

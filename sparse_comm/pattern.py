@@ -17,7 +17,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from sparse_comm.kernels import BLOCK, unpack_bits
+from sparse_comm.kernels import BLOCK, block_offsets, nonzeros_into, unpack_bits
 
 __all__ = ["SparsityPattern"]
 
@@ -76,11 +76,7 @@ class SparsityPattern:
         self.shape = torch.Size([int(n) for n in shape])  # numpy's integers would alter the digest
         self.numel = math.prod(self.shape)
         self.bitmap = torch.from_numpy(bits)
-        counts = np.bitwise_count(bits.view(np.uint64)).astype(np.int64)
-        starts = np.arange(0, counts.size, BLOCK // _WORD)
-        offsets = np.zeros(starts.size + 1, np.int64)
-        if starts.size:
-            np.cumsum(np.add.reduceat(counts, starts), out=offsets[1:])
+        offsets = block_offsets(bits)
         self.offsets = torch.from_numpy(offsets)
         self.nnz = int(offsets[-1])
 
@@ -90,6 +86,52 @@ class SparsityPattern:
         pattern = cls.__new__(cls)
         pattern._set(bits, tuple(shape))
         return pattern
+
+    @classmethod
+    def from_nonzeros(cls, tensor: Tensor, bitmap: Tensor | None = None) -> SparsityPattern:
+        """The pattern of the entries that are not zero. Bits count: -0.0 is not zero.
+
+        Args:
+            tensor: of any shape and real dtype, with data.
+            bitmap: where to write the bitmap, which the pattern then keeps: uint8, contiguous, of
+                ``ceil(numel / 64) * 8`` bytes, on the tensor's device; a new one if not given.
+
+        Raises:
+            ValueError: ``bitmap`` is of another size, dtype or device; the tensor is complex.
+
+        Source: ours.
+        """
+        numel = tensor.numel()
+        if bitmap is None:
+            bitmap = tensor.new_empty(-(-numel // _WORD) * (_WORD // 8), dtype=torch.uint8)
+        pattern = cls.__new__(cls)
+        pattern.shape, pattern.numel, pattern.bitmap = tensor.shape, numel, bitmap
+        pattern.offsets = tensor.new_empty(-(-numel // BLOCK) + 1, dtype=torch.int64)
+        pattern.nnz = nonzeros_into(bitmap, pattern.offsets, tensor.detach())
+        return pattern
+
+    @classmethod
+    def from_bitmap(cls, bitmap: Tensor, shape: Sequence[int]) -> SparsityPattern:
+        """The pattern of a bitmap, which it keeps.
+
+        Args:
+            bitmap: as the attribute of that name: uint8, contiguous, on the CPU.
+            shape: of the parameter.
+
+        Raises:
+            ValueError: it is of another size or dtype, or has bits set after the last entry.
+        """
+        numel = math.prod(shape)
+        words = -(-numel // _WORD)
+        if bitmap.dtype != torch.uint8 or bitmap.shape != (words * (_WORD // 8),):
+            raise ValueError(
+                f"the bitmap of {numel} entries is uint8 of shape ({words * (_WORD // 8)},), got "
+                f"{bitmap.dtype} of shape {tuple(bitmap.shape)}"
+            )
+        bits = bitmap.numpy()
+        if numel % _WORD and int(bits[-8:].view("<u8")[0]) >> numel % _WORD:
+            raise ValueError(f"bits are set after entry {numel}, the last one of the bitmap")
+        return cls._from_bitmap(bits, shape)
 
     @classmethod
     def from_indices(

@@ -155,6 +155,56 @@ def test_unaligned_starts(instruction_set: str, dtype: torch.dtype) -> None:
         assert not bits(expanded[~mask]).any()
 
 
+REALS = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", REALS)
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_nonzeros_are_found(instruction_set: str, dtype: torch.dtype, density: float) -> None:
+    for length in LENGTHS[:9]:
+        for start in (0, 1, 3):
+            pattern = random_pattern(length, density, length)
+            whole = (torch.arange(1, length + start + 1) % 100 + 1).to(dtype)[start:]
+            tensor = whole * pattern.to_mask()
+            found = SparsityPattern.from_nonzeros(tensor)
+            assert found == pattern
+            assert torch.equal(found.offsets, pattern.offsets)
+            assert found.nnz == pattern.nnz
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_bit_makes_a_nonzero(instruction_set: str, dtype: torch.dtype) -> None:
+    """-0.0, subnormals and NaNs are entries like any other."""
+    width = 8 * dtype.itemsize
+    raw = torch.zeros(3 * width, dtype=INTEGERS[dtype.itemsize])
+    for bit in range(width):
+        raw[3 * bit + 1] = 1 << bit if bit < width - 1 else -(1 << bit)
+    found = SparsityPattern.from_nonzeros(raw.view(dtype))
+    assert torch.equal(found.to_indices(), torch.arange(1, 3 * width, 3))
+
+
+def test_nonzeros_in_any_layout_and_into_a_given_bitmap(instruction_set: str) -> None:
+    tensor = torch.arange(60.0).view(3, 4, 5).permute(2, 0, 1) % 4
+    bitmap = torch.full((8,), 255, dtype=torch.uint8)
+    found = SparsityPattern.from_nonzeros(tensor, bitmap)
+    assert found.bitmap is bitmap
+    assert found == SparsityPattern(tensor != 0)
+    assert found == SparsityPattern.from_bitmap(bitmap, (5, 3, 4))
+
+
+def test_a_bitmap_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="has a contiguous uint8 bitmap of 8 bytes"):
+        SparsityPattern.from_nonzeros(torch.ones(60), torch.zeros(16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"real numbers, got torch\.complex64 on cpu"):
+        SparsityPattern.from_nonzeros(torch.ones(60, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"real numbers, got torch\.float32 on meta"):
+        SparsityPattern.from_nonzeros(torch.ones(60, device="meta"))
+    with pytest.raises(ValueError, match=r"is uint8 of shape \(8,\), got torch.uint8 of shape"):
+        SparsityPattern.from_bitmap(torch.zeros(16, dtype=torch.uint8), (60,))
+    with pytest.raises(ValueError, match="bits are set after entry 60"):
+        SparsityPattern.from_bitmap(torch.full((8,), 255, dtype=torch.uint8), (60,))
+
+
 def test_addresses_that_no_element_can_have_are_for_the_reference(instruction_set: str) -> None:
     """torch.frombuffer makes fp32 tensors at odd addresses."""
     pattern = random_pattern(5000, 0.2, 0)

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from sparse_comm.kernels import ops
-from sparse_comm.kernels.backends import describe, observe, use_backend
-from sparse_comm.kernels.reference import BLOCK, unpack_bits
+from sparse_comm.kernels.backends import describe, nonzeros_into, observe, use_backend
+from sparse_comm.kernels.reference import BLOCK, block_offsets, unpack_bits
 
 __all__ = [
     "BLOCK",
     "Pattern",
+    "block_offsets",
     "describe",
     "expand",
+    "nonzeros_into",
     "observe",
     "pack",
     "unpack_bits",

@@ -1,7 +1,8 @@
 """The back-ends of pack and expand, the checks before each call, and the choice between them.
 
-A back-end is a module with ``takes(source, out)``, ``pack_into`` and ``expand_into``. The first in
-``BACKENDS`` that takes a call gets it; all give the same bits.
+A back-end is a module with ``takes(source, out)``, ``pack_into`` and ``expand_into``, and with
+``takes_entries(source)`` and ``nonzeros_into``. The first in ``BACKENDS`` that takes a call gets
+it; all give the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from torch import Tensor
 from sparse_comm.kernels import native, reference
 from sparse_comm.kernels.reference import BLOCK
 
-__all__ = ["BACKENDS", "describe", "expand_into", "observe", "pack_into", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "describe",
+    "expand_into",
+    "nonzeros_into",
+    "observe",
+    "pack_into",
+    "use_backend",
+]
 
 ENVIRONMENT = "SPARSE_COMM_KERNELS"
 Observer = Callable[[str, float], None]
@@ -34,6 +43,10 @@ class Backend(Protocol):
     ) -> None: ...
 
     def expand_into(self, out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None: ...
+
+    def takes_entries(self, source: Tensor) -> bool: ...
+
+    def nonzeros_into(self, bitmap: Tensor, offsets: Tensor, source: Tensor) -> int: ...
 
 
 BACKENDS: dict[str, Backend] = {"native": native, "reference": reference}
@@ -84,9 +97,9 @@ def describe() -> dict[str, Any]:
 
 
 def observe(callback: Observer) -> Callable[[], None]:
-    """Have ``callback(name, seconds)`` called after each ``"pack"`` and ``"expand"`` on the CPU.
+    """Have ``callback(name, seconds)`` called after each call on the CPU.
 
-    Costs nothing while nobody observes.
+    Names are ``"pack"``, ``"expand"`` and ``"nonzeros"``. Costs nothing while nobody observes.
 
     Returns:
         A function that ends it.
@@ -128,6 +141,28 @@ def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) ->
     backend.expand_into(out, values, bitmap, offsets)
     for callback in tuple(_observers):
         callback("expand", time.perf_counter() - start)
+
+
+def nonzeros_into(bitmap: Tensor, offsets: Tensor, source: Tensor) -> int:
+    """Write the bitmap and the offsets of the entries of ``source`` that have any bit set.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ValueError: sizes, dtypes or devices do not fit.
+    """
+    _check("nonzeros", source.numel(), 0, bitmap, source, bitmap, offsets)
+    if source.is_complex() or source.is_quantized or source.is_meta:
+        raise ValueError(
+            f"nonzeros: the entries must be real numbers, got {source.dtype} on {source.device}"
+        )
+    backend = next((b for b in _order if b.takes_entries(source)), reference)
+    start = time.perf_counter() if _observers else 0.0
+    found = backend.nonzeros_into(bitmap, offsets, source)
+    for callback in tuple(_observers):
+        callback("nonzeros", time.perf_counter() - start)
+    return found
 
 
 def _choose(source: Tensor, out: Tensor) -> Backend:

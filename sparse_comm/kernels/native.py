@@ -18,8 +18,10 @@ __all__ = [
     "expand_into",
     "instruction_set",
     "instruction_sets",
+    "nonzeros_into",
     "pack_into",
     "takes",
+    "takes_entries",
     "use_instruction_set",
 ]
 
@@ -66,6 +68,28 @@ def pack_into(
 def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) -> None:
     """As in ``reference``."""
     _run(_native.expand, out, values, bitmap, offsets, out.numel(), values.numel())
+
+
+def takes_entries(source: Tensor) -> bool:
+    """Whether this back-end can look for the non-zeros of ``source``, whatever its dtype means."""
+    return (
+        _native is not None
+        and type(source) in _PLAIN
+        and source.itemsize in (2, 4, 8)
+        and source.device.type == "cpu"
+        and source.data_ptr() % source.itemsize == 0
+    )
+
+
+def nonzeros_into(bitmap: Tensor, offsets: Tensor, source: Tensor) -> int:
+    """As in ``reference``."""
+    source = source.contiguous().resolve_neg()
+    found: int = _native.nonzeros(
+        source.data_ptr(), source.itemsize, source.numel(), bitmap.data_ptr(), offsets.data_ptr()
+    )
+    _written(bitmap)
+    _written(offsets)
+    return found
 
 
 def _run(

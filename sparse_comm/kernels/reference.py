@@ -13,10 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "expand_into", "pack_into", "takes", "unpack_bits"]
+__all__ = [
+    "BLOCK",
+    "block_offsets",
+    "expand_into",
+    "nonzeros_into",
+    "pack_into",
+    "takes",
+    "takes_entries",
+    "unpack_bits",
+]
 
 BLOCK = 4096  # entries an offset
 _CHUNK = 256 * BLOCK  # entries decoded at a time
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an entry
 
 
 def unpack_bits(bitmap: Tensor, start: int, stop: int) -> Tensor:
@@ -58,6 +68,33 @@ def expand_into(out: Tensor, values: Tensor, bitmap: Tensor, offsets: Tensor) ->
         target = flat[entries].zero_()
         if index is not None:
             target.index_copy_(0, index, _convert(values[part], out.dtype))
+
+
+def takes_entries(source: Tensor) -> bool:
+    """Everything."""
+    return True
+
+
+def nonzeros_into(bitmap: Tensor, offsets: Tensor, source: Tensor) -> int:
+    """Write which entries of ``source`` have any bit set, -0.0 among them; returns how many."""
+    flat = source.resolve_neg().reshape(-1)
+    integers = flat if flat.dtype == torch.bool else flat.view(_INTEGER[flat.itemsize])
+    bits = np.zeros(8 * bitmap.numel(), np.bool_)
+    bits[: flat.numel()] = (integers != 0).cpu().numpy()
+    packed = np.packbits(bits, bitorder="little")
+    bitmap.copy_(torch.from_numpy(packed))
+    offsets.copy_(torch.from_numpy(block_offsets(packed)))
+    return int(offsets[-1])
+
+
+def block_offsets(bits: np.ndarray) -> np.ndarray:
+    """Ones before each block of a padded uint8 bitmap, and all of them at last: int64."""
+    counts = np.bitwise_count(bits.view(np.uint64))
+    starts = np.arange(0, counts.size, BLOCK // 64)
+    offsets = np.zeros(starts.size + 1, np.int64)
+    if starts.size:
+        np.cumsum(np.add.reduceat(counts, starts, dtype=np.int64), out=offsets[1:])
+    return offsets
 
 
 def _convert(source: Tensor, dtype: torch.dtype) -> Tensor:

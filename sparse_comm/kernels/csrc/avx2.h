@@ -105,3 +105,29 @@ static inline TARGET const uint32_t *scatter_word_avx2_32(uint32_t *restrict den
     }
     return packed + (counts >> 56);
 }
+
+/* Entries that are zero become bytes of ones, of whose highest bits a word is made. */
+static inline TARGET uint64_t LEVEL(nonzero_word_16)(const uint16_t *entries) {
+    const __m256i zero = _mm256_setzero_si256();
+    uint64_t word = 0;
+    for (int i = 0; i < 64; i += 32) {
+        __m256i low = _mm256_loadu_si256((const __m256i *)(entries + i));
+        __m256i high = _mm256_loadu_si256((const __m256i *)(entries + i + 16));
+        __m256i bytes = _mm256_packs_epi16(_mm256_cmpeq_epi16(low, zero),
+                                           _mm256_cmpeq_epi16(high, zero));
+        bytes = _mm256_permute4x64_epi64(bytes, 0xD8); /* packs works by halves */
+        word |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(bytes) << i;
+    }
+    return word;
+}
+
+static inline TARGET uint64_t LEVEL(nonzero_word_32)(const uint32_t *entries) {
+    const __m256i zero = _mm256_setzero_si256();
+    uint64_t word = 0;
+    for (int i = 0; i < 64; i += 8) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(entries + i));
+        int zeros = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, zero)));
+        word |= (uint64_t)(~zeros & 0xFF) << i;
+    }
+    return word;
+}

@@ -48,3 +48,20 @@ AVX512_WORDS(32, __mmask16)
 AVX512_WORDS(64, __mmask8)
 
 #undef AVX512_WORDS
+
+#define AVX512_NONZERO(BITS)                                                                       \
+    static inline TARGET uint64_t LEVEL(nonzero_word_##BITS)(const uint##BITS##_t *entries) {      \
+        enum { LANES = 512 / BITS };                                                               \
+        uint64_t word = 0;                                                                         \
+        for (int i = 0; i < WORD; i += LANES) {                                                    \
+            __m512i x = _mm512_loadu_si512(entries + i);                                           \
+            word |= (uint64_t)_mm512_test_epi##BITS##_mask(x, x) << i;                             \
+        }                                                                                          \
+        return word;                                                                               \
+    }
+
+AVX512_NONZERO(16)
+AVX512_NONZERO(32)
+AVX512_NONZERO(64)
+
+#undef AVX512_NONZERO

@@ -227,3 +227,26 @@ static int64_t run(job *j, void (*group)(job *, int64_t, int64_t), int threads) 
     for (int t = 0; t < started; t++) pthread_join(others[t], NULL);
     return atomic_load(&j->bad_block);
 }
+
+/* Bitmap, padded to whole words, and offsets of the entries with any bit set; returns how many.
+   One thread: it only reads, and what it writes is small. */
+static int64_t find_nonzeros(const level *l, unsigned char *bits, int64_t *offsets, const char *in,
+                             int64_t numel, size_t itemsize) {
+    nonzero_block *block = l->nonzero[itemsize == 2 ? 0 : itemsize == 4 ? 1 : 2];
+    int64_t nnz = 0;
+    for (int64_t b = 0; b * BLOCK < numel; b++) {
+        int64_t rest = numel - b * BLOCK;
+        size_t n = rest < BLOCK ? (size_t)rest : BLOCK, words = n / WORD;
+        const char *entries = in + (size_t)b * BLOCK * itemsize;
+        unsigned char *at = bits + (size_t)b * WORDS * 8;
+        offsets[b] = nnz;
+        nnz += (int64_t)block(at, entries, words);
+        if (n % WORD) {
+            _Alignas(64) char tail[WORD * 8] = {0};
+            memcpy(tail, entries + words * WORD * itemsize, n % WORD * itemsize);
+            nnz += (int64_t)block(at + 8 * words, tail, 1);
+        }
+    }
+    offsets[(numel + BLOCK - 1) / BLOCK] = nnz;
+    return nnz;
+}

@@ -17,6 +17,10 @@ PORTABLE_SCATTER(64)
 SELECT_TWO(16)
 SELECT_TWO(32)
 SELECT_TWO(64)
+PORTABLE_NONZERO(16)
+PORTABLE_NONZERO(32)
+PORTABLE_NONZERO(64)
+#include "nonzeros.h"
 #undef LEVEL
 #undef TARGET
 
@@ -37,6 +41,8 @@ SELECT_TWO(32)
 SELECT_TWO(64)
 SCATTER(avx2, 16)
 SCATTER(avx2, 32)
+PORTABLE_NONZERO(64)
+#include "nonzeros.h"
 #undef LEVEL
 #undef TARGET
 
@@ -56,6 +62,7 @@ SCATTER(avx2, 32)
 SCATTER(avx512, 16)
 SCATTER(avx512, 32)
 SCATTER(avx512, 64)
+#include "nonzeros.h"
 #undef LEVEL
 #undef TARGET
 
@@ -67,6 +74,7 @@ typedef struct {
     select_block *select_one[3];
     select_blocks *select_two[3];
     scatter_block *scatter[3];
+    nonzero_block *nonzero[3];
     convert_run *const (*convert)[DTYPES], *const (*accumulate)[DTYPES];
 } level;
 
@@ -75,6 +83,7 @@ typedef struct {
      {LEVEL(select_one_16), LEVEL(select_one_32), LEVEL(select_one_64)},                           \
      {__VA_ARGS__},                                                                                \
      {LEVEL(scatter_16), LEVEL(scatter_32), LEVEL(scatter_64)},                                    \
+     {LEVEL(nonzero_block_16), LEVEL(nonzero_block_32), LEVEL(nonzero_block_64)},                  \
      LEVEL(CONVERT),                                                                               \
      LEVEL(ACCUMULATE)}
 #define TWO(LEVEL) LEVEL(select_two_16), LEVEL(select_two_32), LEVEL(select_two_64)

@@ -1,4 +1,4 @@
-/* sparse_comm.kernels._native: pack and expand on raw CPU addresses.
+/* sparse_comm.kernels._native: pack, expand and find non-zeros on raw CPU addresses.
 
    No header of torch, and Python's stable interface only: one binary serves every torch and every
    Python from 3.10 on. sparse_comm/kernels/native.py checks the tensors and passes addresses. */
@@ -89,6 +89,21 @@ static PyObject *expand(PyObject *module, PyObject *const *given, Py_ssize_t cou
     return finish(&j, expand_group, a[THREADS]);
 }
 
+static PyObject *nonzeros(PyObject *module, PyObject *const *given, Py_ssize_t count) {
+    enum { ENTRIES, ITEM, COUNT, BITS, STARTS, NONZEROS };
+    long long a[NONZEROS];
+    int64_t nnz;
+    if (read_integers(given, count, a, NONZEROS)) return NULL;
+    if ((a[ITEM] != 2 && a[ITEM] != 4 && a[ITEM] != 8) || a[COUNT] < 0)
+        return PyErr_Format(PyExc_ValueError, "%lld entries of %lld bytes", a[COUNT], a[ITEM]);
+    Py_BEGIN_ALLOW_THREADS
+    nnz = find_nonzeros(LEVEL_, (unsigned char *)(uintptr_t)a[BITS],
+                        (int64_t *)(uintptr_t)a[STARTS], (const char *)(uintptr_t)a[ENTRIES],
+                        a[COUNT], (size_t)a[ITEM]);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(nnz);
+}
+
 static PyObject *instruction_sets(PyObject *module, PyObject *nothing) {
     PyObject *names = PyList_New(0);
     for (int i = 0; names && i < HERE; i++) {
@@ -113,13 +128,15 @@ static PyMethodDef METHODS[] = {
      "pack(out, out dtype, dense, dense dtype, bitmap, offsets, numel, nnz, threads, add)"},
     {"expand", (PyCFunction)(void (*)(void))expand, METH_FASTCALL,
      "expand(out, out dtype, values, values dtype, bitmap, offsets, numel, nnz, threads)"},
+    {"nonzeros", (PyCFunction)(void (*)(void))nonzeros, METH_FASTCALL,
+     "nonzeros(entries, bytes an entry, numel, bitmap, offsets) -> their number"},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those of this processor, best last."},
     {"use", use, METH_O, "Use the instruction set of this index."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "_native", "Pack and expand on raw CPU addresses.", -1, METHODS,
+    PyModuleDef_HEAD_INIT, "_native", "Pack, expand and find non-zeros on raw CPU addresses.", -1, METHODS,
     NULL, NULL, NULL, NULL,
 };
 

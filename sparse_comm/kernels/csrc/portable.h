@@ -3,6 +3,7 @@
    select_word: packed = the entries of `dense` whose bits are set; returns where the next go.
    scatter_block: dense = the values of `packed` where bits are set, zeros elsewhere; returns how
    many. With `stream`, `dense` is aligned to 64 bytes and bypasses the caches.
+   nonzero_word: the word whose bits are set where entries have any bit set.
 
    `packed` has room for SLACK bytes more than the values, which may be read and written. Positions
    come eight at a time with no branch between them: at density 0.1 a word of 64 bits holds six or
@@ -28,6 +29,14 @@ static inline uint64_t load_word(const unsigned char *bits, size_t i) {
     uint64_t word;
     memcpy(&word, bits + 8 * i, sizeof word);
     return word;
+#endif
+}
+
+static inline void store_word(unsigned char *bits, size_t i, uint64_t word) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    for (int b = 0; b < 8; b++) bits[8 * i + b] = (unsigned char)(word >> 8 * b);
+#else
+    memcpy(bits + 8 * i, &word, sizeof word);
 #endif
 }
 
@@ -90,4 +99,11 @@ static inline TARGET unsigned LEVEL(lowest)(uint64_t word, unsigned none) {
         else                                                                                       \
             memcpy(dense, block, words * WORD * sizeof *block);                                    \
         return (size_t)(in - (const uint##BITS##_t *)packed);                                      \
+    }
+
+#define PORTABLE_NONZERO(BITS)                                                                     \
+    static inline TARGET uint64_t LEVEL(nonzero_word_##BITS)(const uint##BITS##_t *entries) {      \
+        uint64_t word = 0;                                                                         \
+        for (unsigned i = 0; i < WORD; i++) word |= (uint64_t)(entries[i] != 0) << i;              \
+        return word;                                                                               \
     }

@@ -1,0 +1,152 @@
+"""One boundary between two stages, as one of them sees it: what it sends and what it receives.
+
+The writer sends activations and receives their gradients; the reader the other way round. Both keep
+what a codec wants to know of a micro-batch from its activation to its gradient.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparse_comm.reduce.span import span
+
+from .codec import Codec, Kept
+from .message import decode, encode, read_header
+from .wire import Inbox, Incoming, Outbox, Wire
+
+__all__ = ["Boundary", "Traffic"]
+
+
+@dataclass
+class Traffic:
+    """What went one way over a boundary.
+
+    Attributes:
+        messages: how many.
+        dense: bytes of their tensors.
+        sent: bytes of the messages.
+        seconds: of encoding, or of decoding.
+    """
+
+    messages: int = 0
+    dense: int = 0
+    sent: int = 0
+    seconds: float = 0.0
+
+    def add(self, tensors: Sequence[Tensor | None], message: Tensor, seconds: float) -> None:
+        """One more message."""
+        self.messages += 1
+        self.dense += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self.sent += message.numel()
+        self.seconds += seconds
+
+
+class Boundary:
+    """A stage's end of a boundary.
+
+    Args:
+        name: for errors and the log.
+        codec: of what this end sends; it may be replaced between steps.
+        out: to the neighbour.
+        back: from the neighbour.
+        checksum: whether messages have one.
+
+    Attributes:
+        name: as given.
+        codec: as given.
+    """
+
+    def __init__(
+        self, name: str, codec: Codec, out: Wire, back: Wire, *, checksum: bool = False
+    ) -> None:
+        self.name, self.codec, self._checksum = name, codec, checksum
+        self._outbox = Outbox(out, f"send-{name}")
+        self._inbox = Inbox(back, f"receive-{name}", self._read)
+        self._coming: dict[int, Incoming] = {}
+        self._kept: dict[int, list[Kept | None]] = {}
+        self._lock = threading.Lock()  # of the following
+        self._sent, self._received = Traffic(), Traffic()
+
+    def send(self, tensors: Sequence[Tensor | None], number: int) -> None:
+        """Send the tensors of a micro-batch, which must not be written to until ``flush``.
+
+        Gradients answer what was received under the same number.
+
+        Raises:
+            Exception: what an earlier one met.
+        """
+        given, codec = list(tensors), self.codec
+        self._outbox.put(lambda: self._make(given, number, codec))
+
+    def _make(self, tensors: list[Tensor | None], number: int, codec: Codec) -> Tensor:
+        with span("encode", "pipeline"):
+            start = time.perf_counter()
+            kept = self._kept.pop(number, None)
+            message, mine = encode(tensors, codec, kept, number=number, checksum=self._checksum)
+            if kept is None and any(keeps is not None for keeps in mine):
+                self._kept[number] = mine
+            seconds = time.perf_counter() - start
+        with self._lock:
+            self._sent.add(tensors, message, seconds)
+        return message
+
+    def expect(self, number: int) -> Incoming:
+        """Let the tensors of a micro-batch come; to be called in the order of sending."""
+        if number not in self._coming:
+            self._coming[number] = self._inbox.ask()
+        return self._coming[number]
+
+    def receive(self, number: int) -> list[Tensor | None]:
+        """The tensors of a micro-batch; waits until they are there.
+
+        Raises:
+            MessageError: what came cannot be read.
+            RuntimeError: it is another micro-batch's.
+        """
+        incoming = self.expect(number)
+        with span("receive", "pipeline"):
+            tensors, found = incoming.result()
+        del self._coming[number]
+        if found != number:
+            raise RuntimeError(
+                f"{self.name}: micro-batch {number} was expected, {found} came: the stages follow "
+                "different schedules"
+            )
+        return list(tensors)
+
+    def _read(self, message: Tensor) -> tuple[list[Tensor | None], int]:
+        with span("decode", "pipeline"):
+            start = time.perf_counter()
+            number = read_header(message).number
+            kept = self._kept.pop(number, None)
+            tensors, theirs = decode(message, kept, codec=self.codec)
+            if kept is None and any(keeps is not None for keeps in theirs):
+                self._kept[number] = theirs
+            seconds = time.perf_counter() - start
+        with self._lock:
+            self._received.add(tensors, message, seconds)
+        return tensors, number
+
+    def flush(self) -> None:
+        """Wait until all that was sent has left.
+
+        Raises:
+            Exception: what one met.
+        """
+        self._outbox.flush()
+
+    def forget(self) -> None:
+        """Drop what was kept for gradients that will not come, as those of an evaluation."""
+        self._kept.clear()
+
+    def take_traffic(self) -> tuple[Traffic, Traffic]:
+        """What was sent and what was received since the last time."""
+        with self._lock:
+            taken = self._sent, self._received
+            self._sent, self._received = Traffic(), Traffic()
+        return taken

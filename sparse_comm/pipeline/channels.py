@@ -1,0 +1,190 @@
+"""The codec of channels that nobody reads, or that are always the same: they are not sent.
+
+A pair of modules does it, ``Keep`` at the end of one stage and ``Restore`` at the beginning of the
+next: sizes are known beforehand, so no framework notices. Gradients of the channels left out are
+zero on one side, and not looked at on the other: they are not sent either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import OURS, Side, layers_of, read_channels, written_channels
+
+__all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels"]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The channels of a boundary that are sent.
+
+    Attributes:
+        dim: that of the channels.
+        kept: their numbers, ascending: int64, 1-D.
+        fill: 1-D, by channel: what stands where nothing is sent. float64.
+        why: for the log.
+    """
+
+    dim: int
+    kept: Tensor
+    fill: Tensor
+    why: str
+
+    @property
+    def count(self) -> int:
+        """Of all channels."""
+        return self.fill.numel()
+
+    @property
+    def density(self) -> float:
+        """Fraction of the channels that is sent."""
+        return self.kept.numel() / max(self.count, 1)
+
+
+class Keep(nn.Module):
+    """Leaves out channels: at the end of a stage.
+
+    The gradient of what is left out is zero.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with its kept channels only."""
+        channels = self.channels
+        _check(x, channels.dim, channels.count, "the stage gives")
+        return x.index_select(channels.dim, channels.kept.to(x.device))
+
+
+class Restore(nn.Module):
+    """Puts back what ``Keep`` left out: at the beginning of the next stage.
+
+    Its gradient is that of the kept channels.
+    """
+
+    def __init__(self, channels: Channels) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` with all channels."""
+        channels = self.channels
+        _check(x, channels.dim, channels.kept.numel(), "the message has")
+        shape = list(x.shape)
+        shape[channels.dim] = channels.count
+        tail = [1] * (len(shape) - 1 - channels.dim % len(shape))
+        fill = channels.fill.to(x.device, x.dtype).reshape(-1, *tail)
+        whole = fill.expand(shape).contiguous()
+        return whole.index_copy(channels.dim, channels.kept.to(x.device), x)
+
+
+def _check(x: Tensor, dim: int, count: int, what: str) -> None:
+    if x.ndim < 2 or x.shape[dim] != count:
+        raise ValueError(
+            f"{what} a tensor of shape {tuple(x.shape)}, expected {count} channels in dimension "
+            f"{dim}: sparse_comm.pipeline.plan_channels was made for another boundary"
+        )
+
+
+def plan_channels(writer: Side | None, reader: Side | None) -> Channels | None:
+    """The channels that a boundary needs; None if that is all of them, or is not known.
+
+    Args:
+        writer: ``written_channels`` of the stage before it.
+        reader: ``read_channels`` of the stage after it.
+
+    Source: ours.
+    """
+    if writer is None and reader is None:
+        return None
+    dim = writer.dim if writer is not None else reader.dim  # type: ignore[union-attr]
+    needed: list[Tensor] = []
+    reasons = []
+    each = 1
+    if writer is not None and reader is not None:
+        each = _features_of_each(writer, reader)
+        if each == 0:  # the stages see different dimensions as channels
+            return None
+    if writer is not None:
+        needed.append(writer.needed.repeat_interleave(each if writer.flat else 1))
+        reasons.append(f"{writer.layer!r} writes {_of(needed[-1])}")
+    if reader is not None:
+        if reader.flat and writer is None:
+            return None  # how many features are a channel is not known
+        mine = reader.needed.reshape(-1, each).any(1) if reader.flat else reader.needed
+        needed.append(mine)
+        reasons.append(f"{reader.layer!r} reads {_of(mine)}")
+    sent = torch.stack(needed).all(0)
+    if sent.all():
+        return None
+    kept = sent.nonzero().flatten()
+    if kept.numel() == 0:
+        kept = torch.zeros(1, dtype=torch.int64)  # no framework sends empty tensors
+    fill = torch.zeros(sent.numel(), dtype=torch.float64)
+    if writer is not None:
+        fill[~needed[0]] = writer.constant
+    return Channels(dim, kept, fill, " and ".join(reasons))
+
+
+def _features_of_each(writer: Side, reader: Side) -> int:
+    """Features that flattening makes of a channel; 1 without, 0 if the sides do not fit."""
+    if not writer.flat and not reader.flat:
+        fits = writer.dim == reader.dim and writer.needed.numel() == reader.needed.numel()
+        return int(fits)
+    if (writer.flat and reader.dim != -1) or (reader.flat and writer.dim != 1):
+        return 0
+    each, rest = divmod(reader.needed.numel(), writer.needed.numel())
+    return 0 if rest else each
+
+
+def _of(needed: Tensor) -> str:
+    return f"{int(needed.sum())} of {needed.numel()} channels"
+
+
+def insert(
+    stage: nn.Module, first: Channels | None = None, last: Channels | None = None
+) -> list[Any]:
+    """Put ``Restore`` before a stage and ``Keep`` behind it, as hooks: its names stay.
+
+    Returns:
+        Handles, whose ``remove()`` takes them out again.
+    """
+    handles = []
+    if first is not None:
+        handles.append(stage.register_forward_pre_hook(_Before(Restore(first)), prepend=True))
+    if last is not None:
+        handles.append(stage.register_forward_hook(_Behind(Keep(last))))
+    return handles
+
+
+class _Before(OURS):
+    def __init__(self, module: Restore) -> None:
+        self.module = module
+
+    def __call__(self, stage: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(args[0], tuple):  # as DeepSpeed gives several
+            return ((self.module(args[0][0]), *args[0][1:]), *args[1:])
+        return (self.module(args[0]), *args[1:])
+
+
+class _Behind(OURS):
+    def __init__(self, module: Keep) -> None:
+        self.module = module
+
+    def __call__(self, stage: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.module(output[0]), *output[1:])
+        return self.module(output)
+
+
+def sides_of(stage: nn.Module, masks: Mapping[str, Tensor]) -> tuple[Side | None, Side | None]:
+    """What a stage reads of the boundary before it, and writes to the one behind it."""
+    layers = list(layers_of(stage))
+    return read_channels(layers, masks), written_channels(layers, masks)

@@ -1,0 +1,183 @@
+"""Which channels of a boundary the layers next to it read, and which they leave constant.
+
+Only the masks of those layers are looked at: of the first Linear or convolution after the boundary,
+and of the last one before it, with what stands between and keeps channels apart. Anything else
+counts as reading every channel, and as writing something to each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Side", "layers_of", "read_channels", "written_channels"]
+
+_ELEMENTWISE: tuple[type[nn.Module], ...] = (
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU),
+    *(nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold, nn.Tanhshrink),
+)
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_APART = (*_ELEMENTWISE, *_DROPOUT, *_POOLS, *_NORMS, *_INSTANCE)  # channels stay apart
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one stage makes of the channels of a boundary.
+
+    Attributes:
+        dim: that of the channels, 1 or -1.
+        flat: whether, on this side, they are flattened with what follows them.
+        needed: 1-D, bool, by channel (by feature, of the reader if ``flat``): whether it is read,
+            or written with something that is not constant.
+        constant: what stands in the channels that the writer does not need; 0 of the reader.
+        layer: name of the layer whose mask decides.
+    """
+
+    dim: int
+    flat: bool
+    needed: Tensor
+    constant: float
+    layer: str
+
+
+def layers_of(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a stage in their order, with names; one alone if they are not in a row.
+
+    ``nn.Sequential``, nested or subclassed, is a row as long as its ``forward`` is its own, and so
+    are the layers of DeepSpeed's ``PipelineModule``.
+    """
+    yield from _flattened("", stage)
+
+
+def _flattened(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    prefix = f"{name}." if name else ""
+    if type(module).forward is nn.Sequential.forward and not _is_hooked(module):
+        for child, layer in module.named_children():
+            yield from _flattened(prefix + child, layer)
+    elif isinstance(row := getattr(module, "forward_funcs", None), list) and not name:
+        paths = {id(layer): path for path, layer in module.named_modules()}
+        for function in row:
+            if isinstance(function, nn.Module):
+                yield from _flattened(paths.get(id(function), ""), function)
+            else:
+                yield "", _Unknown()
+    else:
+        yield name, module
+
+
+class _Unknown(nn.Module):
+    """A function among a pipeline's layers."""
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(not isinstance(hook, OURS) for kind in hooks for hook in kind.values())
+
+
+class OURS:
+    """Marks the hooks of ``channels.py``, which are not looked at."""
+
+
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it computes what one of the classes does."""
+    found = next((kind for kind in kinds if isinstance(module, kind)), None)
+    return found is not None and type(module).forward is found.forward and not _is_hooked(module)
+
+
+def read_channels(
+    layers: Iterable[tuple[str, nn.Module]], masks: Mapping[str, Tensor]
+) -> Side | None:
+    """What the first layer with weights after a boundary reads; None if that may be everything.
+
+    Args:
+        layers: from the boundary on.
+        masks: by the names of the layers' parameters.
+    """
+    flat = False
+    for name, layer in layers:
+        if _is(layer, (nn.Flatten,)):
+            if flat or layer.start_dim != 1 or layer.end_dim != -1:
+                return None
+            flat = True
+        elif _is(layer, (nn.Linear,)):
+            mask = masks.get(f"{name}.weight")
+            if mask is None:
+                return None
+            return Side(1 if flat else -1, flat, mask.cpu().any(0), 0.0, name)
+        elif _is(layer, _CONVOLUTIONS):
+            mask = masks.get(f"{name}.weight")
+            if mask is None or flat:
+                return None
+            by_group = mask.cpu().flatten(2).any(2).unflatten(0, (layer.groups, -1))
+            return Side(1, False, by_group.any(1).flatten(), 0.0, name)
+        elif not _is(layer, _APART):
+            return None
+    return None
+
+
+def written_channels(
+    layers: Iterable[tuple[str, nn.Module]], masks: Mapping[str, Tensor]
+) -> Side | None:
+    """Which channels the masks before a boundary make constant; None if that may be none.
+
+    Args:
+        layers: up to the boundary.
+        masks: by the names of the layers' parameters.
+    """
+    after: list[nn.Module] = []
+    for name, layer in reversed(list(layers)):
+        if _is(layer, (nn.Linear, *_CONVOLUTIONS)):
+            mask = masks.get(f"{name}.weight")
+            needed = None if mask is None else mask.cpu().flatten(1).any(1)
+            dim = -1 if isinstance(layer, nn.Linear) else 1
+            return _written(name, layer, needed, dim, masks, after)
+        if _is(layer, _NORMS):
+            mask = masks.get(f"{name}.weight")  # not of fewer dimensions than the channels
+            return _written(name, layer, None if mask is None else mask.cpu(), 1, masks, after)
+        if not _is(layer, (nn.Flatten, *_ELEMENTWISE, *_DROPOUT, *_POOLS)):
+            return None
+        after.append(layer)
+    return None
+
+
+def _written(
+    name: str,
+    layer: nn.Module,
+    needed: Tensor | None,
+    dim: int,
+    masks: Mapping[str, Tensor],
+    after: list[nn.Module],
+) -> Side | None:
+    if needed is None:
+        return None
+    if getattr(layer, "bias", None) is not None:
+        mask = masks.get(f"{name}.bias")
+        needed = needed | mask.cpu() if mask is not None else torch.ones_like(needed)
+    constant, flat = 0.0, False
+    for module in reversed(after):
+        if isinstance(module, nn.Flatten):
+            if flat or module.start_dim != 1 or module.end_dim != -1 or dim != 1:
+                return None
+            flat = True
+        elif _is(module, _ELEMENTWISE) and not isinstance(module, nn.PReLU):
+            constant = _at(module, constant)
+        elif constant != 0:  # zeros remain zeros in the others, padding and dropout included
+            return None
+    return Side(-1 if flat else dim, flat, needed, constant, name)
+
+
+def _at(function: Callable[[Tensor], Tensor], x: float) -> float:
+    with torch.no_grad():
+        return float(function(torch.tensor([x])))
