@@ -1,10 +1,11 @@
-"""Plain PyTorch: DDP and FSDP2 around a compact model.
+"""Plain PyTorch: DDP and FSDP2 around a compact model, and pipelines that send what is read.
 
-Both work with ``compact`` alone. What is here adds the checks that a compact model needs across
-ranks and the defaults that keep it lean.
+DDP and FSDP2 work with ``compact`` alone. What is here adds the checks that a compact model needs
+across ranks and the defaults that keep it lean.
 """
 
 from .ddp import distributed_data_parallel
 from .fsdp2 import fully_shard
+from .pipelining import pack_sends
 
-__all__ = ["distributed_data_parallel", "fully_shard"]
+__all__ = ["distributed_data_parallel", "fully_shard", "pack_sends"]

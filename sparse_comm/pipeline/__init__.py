@@ -4,16 +4,20 @@ from .boundary import Boundary, Traffic
 from .channels import Channels, Keep, Restore, insert, plan_channels
 from .codec import Codec, Kept, MessageError
 from .dense import Dense
+from .ends import CODECS, Description, Ends, check_codec, compare, describe
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
 from .wire import TorchWire, Wire
 from .zeros import Zeros
 
 __all__ = [
+    "CODECS",
     "Boundary",
     "Channels",
     "Codec",
     "Dense",
+    "Description",
+    "Ends",
     "Keep",
     "Kept",
     "MessageError",
@@ -23,7 +27,10 @@ __all__ = [
     "Traffic",
     "Wire",
     "Zeros",
+    "check_codec",
+    "compare",
     "decode",
+    "describe",
     "encode",
     "insert",
     "layers_of",

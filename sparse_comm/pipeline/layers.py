@@ -112,15 +112,15 @@ def read_channels(
                 return None
             flat = True
         elif _is(layer, (nn.Linear,)):
-            mask = masks.get(f"{name}.weight")
+            mask = _mask(masks, name, "weight")
             if mask is None:
                 return None
-            return Side(1 if flat else -1, flat, mask.cpu().any(0), 0.0, name)
+            return Side(1 if flat else -1, flat, mask.any(0), 0.0, name)
         elif _is(layer, _CONVOLUTIONS):
-            mask = masks.get(f"{name}.weight")
+            mask = _mask(masks, name, "weight")
             if mask is None or flat:
                 return None
-            by_group = mask.cpu().flatten(2).any(2).unflatten(0, (layer.groups, -1))
+            by_group = mask.flatten(2).any(2).unflatten(0, (layer.groups, -1))
             return Side(1, False, by_group.any(1).flatten(), 0.0, name)
         elif not _is(layer, _APART):
             return None
@@ -139,13 +139,13 @@ def written_channels(
     after: list[nn.Module] = []
     for name, layer in reversed(list(layers)):
         if _is(layer, (nn.Linear, *_CONVOLUTIONS)):
-            mask = masks.get(f"{name}.weight")
-            needed = None if mask is None else mask.cpu().flatten(1).any(1)
+            mask = _mask(masks, name, "weight")
+            needed = None if mask is None else mask.flatten(1).any(1)
             dim = -1 if isinstance(layer, nn.Linear) else 1
             return _written(name, layer, needed, dim, masks, after)
         if _is(layer, _NORMS):
-            mask = masks.get(f"{name}.weight")  # not of fewer dimensions than the channels
-            return _written(name, layer, None if mask is None else mask.cpu(), 1, masks, after)
+            mask = _mask(masks, name, "weight")  # not of fewer dimensions than the channels
+            return _written(name, layer, None if mask is None else mask, 1, masks, after)
         if not _is(layer, (nn.Flatten, *_ELEMENTWISE, *_DROPOUT, *_POOLS)):
             return None
         after.append(layer)
@@ -163,8 +163,8 @@ def _written(
     if needed is None:
         return None
     if getattr(layer, "bias", None) is not None:
-        mask = masks.get(f"{name}.bias")
-        needed = needed | mask.cpu() if mask is not None else torch.ones_like(needed)
+        mask = _mask(masks, name, "bias")
+        needed = needed | mask if mask is not None else torch.ones_like(needed)
     constant, flat = 0.0, False
     for module in reversed(after):
         if isinstance(module, nn.Flatten):
@@ -176,6 +176,11 @@ def _written(
         elif constant != 0:  # zeros remain zeros in the others, padding and dropout included
             return None
     return Side(-1 if flat else dim, flat, needed, constant, name)
+
+
+def _mask(masks: Mapping[str, Tensor], layer: str, of: str) -> Tensor | None:
+    found = masks.get(f"{layer}.{of}" if layer else of)
+    return None if found is None else found.cpu()
 
 
 def _at(function: Callable[[Tensor], Tensor], x: float) -> float:

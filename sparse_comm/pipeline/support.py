@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Support", "support_of"]
 
 _SAME_ORDER = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Unsqueeze", "Squeeze"}
-_OTHER_ORDER = {"Permute", "Transpose", "T", "Slice", "Select", "Split", "Narrow"}
+_OTHER_ORDER = {"Permute", "Transpose", "T", "Slice", "Select", "Split", "Narrow", "IndexSelect"}
 _LARGEST = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "MkldnnMaxPool2D"}
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

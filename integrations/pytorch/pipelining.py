@@ -1,0 +1,241 @@
+"""torch.distributed.pipelining with sends that carry only what the next stage reads.
+
+The schedules stay torch's: a stage that is packed sends and receives by itself where they ask it
+for its sends and receives, which they then find to be none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.nn.parallel import DistributedDataParallel
+
+from sparse_comm.mask_sync import gather, on_all_ranks
+from sparse_comm.pipeline import Boundary, Codec, Ends, TorchWire, Zeros, compare, describe
+
+__all__ = ["pack_sends"]
+
+_TAG = 0x5C0000  # of the first message between two stages; torch's own have 0
+_calls: dict[str, int] = {}  # by group: each call has tags of its own
+
+
+def pack_sends(
+    stages: _PipelineStageBase | Sequence[_PipelineStageBase],
+    pipeline_codec: str | Codec = "auto",
+    *,
+    masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
+    checksum: bool = False,
+) -> None:
+    """Have pipeline stages send only what the next one reads. A collective of the pipeline's ranks.
+
+    Outputs, gradients and losses stay those of torch's own sends, bit for bit. To be called before
+    the schedule's first step, and again after ``update_masks``::
+
+        stage = PipelineStage(module, index, count, device)
+        schedule = Schedule1F1B(stage, n_microbatches=8, loss_fn=loss_fn)
+        pack_sends(stage)
+
+    Args:
+        stages: all that this rank has, of torch's ``PipelineStage`` or ``build_stage``. Their
+            class becomes a subclass of what it was.
+        pipeline_codec: "auto", "channels", "zeros" or "dense" (docs/pipeline.md), or an object
+            with the methods of ``sparse_comm.pipeline.Codec``.
+        masks: for "channels" and "auto": the masks by which the stages are pruned, by the names of
+            each stage's module, one mapping a stage; not needed for compact stages.
+        checksum: whether messages carry one, at some 0.5 ms a MB.
+
+    Raises:
+        ValueError: on all ranks: an unknown codec; stages with different codecs; a group that is
+            not gloo's, but for "channels" and "dense".
+
+    Source: ours.
+    """
+    given = list(stages) if isinstance(stages, Sequence) else [stages]
+    of_each = list(masks) if isinstance(masks, Sequence) else [masks] * len(given)
+    group = given[0].group or dist.group.WORLD
+
+    def mine() -> list[Any]:
+        if len(of_each) != len(given):
+            raise ValueError(f"{len(of_each)} mappings of masks for {len(given)} stages")
+        return [
+            describe(stage.stage_index, _module(stage), pipeline_codec, of_stage, checksum)
+            for stage, of_stage in zip(given, of_each, strict=True)
+        ]
+
+    described = on_all_ranks(mine, group)
+    planned = compare([one for part in gather(described, group) for one in part])
+    assert group is not None
+    _calls[group.group_name] = call = _calls.get(group.group_name, -1) + 1
+    for stage, description, of_stage in zip(given, described, of_each, strict=True):
+        if isinstance(stage, PackedStage):
+            stage._unpack(changed=description.codec == "channels")
+        if pipeline_codec == "dense":
+            continue
+        object.__setattr__(stage, "__class__", _class(type(stage)))
+        assert isinstance(stage, PackedStage)
+        start = _TAG + call * 4 * stage.num_stages
+        stage._sparse_comm = _Plan(stage, description, planned, pipeline_codec, of_stage, start)
+
+
+def _module(stage: _PipelineStageBase) -> nn.Module:
+    """The stage's module, within DDP or alone."""
+    module: nn.Module = stage.submod
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+class _Plan:
+    """What a stage was told, until its schedule has said which ranks its neighbours have."""
+
+    def __init__(
+        self,
+        stage: _PipelineStageBase,
+        description: Any,
+        planned: Any,
+        codec: str | Codec,
+        masks: Mapping[str, Tensor] | None,
+        tag: int,
+    ) -> None:
+        self.stage, self.codec, self.tag, self.checksum = stage, codec, tag, description.checksum
+        self._arguments = (_module(stage), description, planned, codec, masks)
+        self._ends: Ends | None = None
+
+    @property
+    def ends(self) -> Ends:
+        """The boundaries of the stage."""
+        if self._ends is None:
+            index = self.stage.stage_index
+            before = behind = None
+            if self.codec != "channels":
+                before, behind = self._boundary(index - 1, index), self._boundary(index + 1, index)
+            self._ends = Ends(*self._arguments, before, behind)
+        return self._ends
+
+    def _boundary(self, other: int, index: int) -> Boundary | None:
+        """This end of the boundary to another stage; None if there is none, or on this rank."""
+        stage = self.stage
+        if not 0 <= other < stage.num_stages:
+            return None
+        rank = stage.stage_index_to_group_rank[other]
+        if rank == stage.group_rank:
+            return None
+        group = stage.group or dist.group.WORLD
+        assert group is not None
+        global_rank = dist.get_global_rank(group, rank)
+        first = self.tag + 2 * min(other, index)  # that of activations; of gradients the next
+        forward, backward = (TorchWire(group, global_rank, first + n) for n in (0, 1))
+        name = f"stages {min(other, index)} and {max(other, index)}"
+        out, back = (forward, backward) if other > index else (backward, forward)
+        codec = self.codec if not isinstance(self.codec, str) else Zeros()
+        return Boundary(name, codec, out, back, checksum=self.checksum)
+
+
+class PackedStage(_PipelineStageBase):
+    """Mixed into the class of a stage."""
+
+    _sparse_comm: _Plan
+
+    def _unpack(self, changed: bool) -> None:
+        plan = self._sparse_comm
+        if plan._ends is None:
+            return
+        if changed and self.args_recv_info:
+            raise RuntimeError(
+                "pipeline_codec='channels' sends tensors of sizes that torch has settled in the "
+                "first step: build stages and schedule anew after update_masks, or use 'auto'"
+            )
+        plan._ends.remove()
+
+    def clear_runtime_states(self) -> None:
+        """As torch's: at the beginning of a step."""
+        super().clear_runtime_states()
+        self._sparse_comm.ends.begin_step()
+
+    # ---------------------------------------------------------------- what schedules ask for
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's; nothing if the messages are ours."""
+        if (boundary := self._sparse_comm.ends.before) is None:
+            return super().get_fwd_recv_ops(fwd_chunk_id)
+        for chunk in (fwd_chunk_id, fwd_chunk_id + 1):  # one ahead
+            if chunk < len(self.args_recv_info):
+                boundary.expect(chunk)
+        return []
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's; nothing if the messages are ours."""
+        if (boundary := self._sparse_comm.ends.behind) is None:
+            return super().get_fwd_send_ops(fwd_chunk_id)
+        outputs, _ = self.fwd_cache[fwd_chunk_id]
+        boundary.send(self._sent(outputs), fwd_chunk_id)
+        if not self.has_backward and fwd_chunk_id == len(self.args_recv_info) - 1:
+            boundary.flush()  # what was passed through is the caller's again
+        return []
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's; nothing if the messages are ours."""
+        if (boundary := self._sparse_comm.ends.behind) is None or not self.has_backward:
+            return super().get_bwd_recv_ops(bwd_chunk_id)
+        for chunk in (bwd_chunk_id, bwd_chunk_id + 1):
+            if chunk < len(self.grad_recv_info):
+                boundary.expect(chunk)
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As torch's; nothing if the messages are ours."""
+        if (boundary := self._sparse_comm.ends.before) is None or not self.has_backward:
+            return super().get_bwd_send_ops(bwd_chunk_id)
+        gradients = list(self.bwd_cache.pop(bwd_chunk_id))
+        for number, info in enumerate(self.args_recv_info[bwd_chunk_id]):
+            tensor = info.buffer
+            if gradients[number] is None and tensor is not None and tensor.requires_grad:
+                gradients[number] = tensor.new_zeros(tensor.shape)  # as torch sends
+        boundary.send(gradients, bwd_chunk_id)
+        return []
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        if (boundary := self._sparse_comm.ends.before) is not None:
+            infos = self.args_recv_info[fwd_chunk_id]
+            received = boundary.receive(fwd_chunk_id)
+            for info, tensor in zip(infos, received, strict=True):
+                info.buffer = tensor
+        return super()._retrieve_recv_activations(fwd_chunk_id)
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        if (boundary := self._sparse_comm.ends.behind) is not None:
+            received = boundary.receive(bwd_chunk_id)
+            for info, tensor in zip(self.grad_recv_info[bwd_chunk_id], received, strict=True):
+                if info.buffer is not None:
+                    info.buffer = tensor
+        return super()._retrieve_recv_grads(bwd_chunk_id)
+
+    def _sent(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """What the next stage is to receive, which must be all."""
+        for number, output in enumerate(outputs):
+            if self.act_send_info[number] != [self.stage_index + 1]:
+                raise ValueError(
+                    f"output {number} of stage {self.stage_index} goes to stages "
+                    f"{self.act_send_info[number]}: pipeline_codec packs what goes to the next "
+                    "stage only; use 'dense'"
+                )
+            if type(output) is not Tensor:
+                raise TypeError(
+                    f"output {number} of stage {self.stage_index} is a {type(output).__name__}; "
+                    "pipeline_codec packs plain tensors: use 'dense'"
+                )
+        return list(outputs)
+
+
+_classes: dict[type, type] = {}
+
+
+def _class(base: type) -> type:
+    if issubclass(base, PackedStage):
+        return base
+    if base not in _classes:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _classes[base] = type(base.__name__, (PackedStage, base), names)
+    return _classes[base]
