@@ -7,6 +7,7 @@ zero on one side, and not looked at on the other: they are not sent either.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import OURS, Side, layers_of, read_channels, written_channels
+from .layers import OURS, READERS, Side, layers_of, read_channels, written_channels
 
 __all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels"]
 
@@ -27,12 +28,14 @@ class Channels:
         dim: that of the channels.
         kept: their numbers, ascending: int64, 1-D.
         fill: 1-D, by channel: what stands where nothing is sent. float64.
+        unread: 1-D, bool, by channel: whether the next stage never reads it.
         why: for the log.
     """
 
     dim: int
     kept: Tensor
     fill: Tensor
+    unread: Tensor
     why: str
 
     @property
@@ -130,7 +133,8 @@ def plan_channels(writer: Side | None, reader: Side | None) -> Channels | None:
     fill = torch.zeros(sent.numel(), dtype=torch.float64)
     if writer is not None:
         fill[~needed[0]] = writer.constant
-    return Channels(dim, kept, fill, " and ".join(reasons))
+    unread = torch.zeros_like(sent) if reader is None else ~needed[-1]
+    return Channels(dim, kept, fill, unread, " and ".join(reasons))
 
 
 def _features_of_each(writer: Side, reader: Side) -> int:
@@ -153,6 +157,8 @@ def insert(
 ) -> list[Any]:
     """Put ``Restore`` before a stage and ``Keep`` behind it, as hooks: its names stay.
 
+    With the first micro-batch they look whether what is left out is what the masks promise.
+
     Returns:
         Handles, whose ``remove()`` takes them out again.
     """
@@ -167,21 +173,100 @@ def insert(
 class _Before(OURS):
     def __init__(self, module: Restore) -> None:
         self.module = module
+        self._is_probed = False
 
     def __call__(self, stage: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if isinstance(args[0], tuple):  # as DeepSpeed gives several
-            return ((self.module(args[0][0]), *args[0][1:]), *args[1:])
-        return (self.module(args[0]), *args[1:])
+        given = args[0] if isinstance(args[0], tuple) else args  # DeepSpeed gives a tuple
+        if not self._is_probed and bool(given[0].isfinite().all()):
+            self._is_probed = True
+            probe_reader(stage, self.module, given[0].detach())
+        restored = (self.module(given[0]), *given[1:])
+        return restored if given is args else (restored, *args[1:])
 
 
 class _Behind(OURS):
     def __init__(self, module: Keep) -> None:
         self.module = module
+        self._is_probed = False
 
     def __call__(self, stage: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.module(output[0]), *output[1:])
-        return self.module(output)
+        several = isinstance(output, tuple)
+        first = output[0] if several else output
+        if not self._is_probed and bool(first.isfinite().all()):
+            self._is_probed = True
+            probe_writer(self.module.channels, first.detach())
+        kept = self.module(first)
+        return (kept, *output[1:]) if several else kept
+
+
+def probe_writer(channels: Channels, output: Tensor) -> None:
+    """Check that what a stage writes to the channels left out is what the next one puts there.
+
+    Raises:
+        RuntimeError: it is not: weights that the masks prune are not zero, say.
+    """
+    constant = torch.ones(channels.count, dtype=torch.bool)
+    constant[channels.kept] = False
+    left_out = (constant & ~channels.unread).nonzero().flatten()
+    found = output.index_select(channels.dim, left_out.to(output.device))
+    expected = channels.fill[left_out].to(output.device, output.dtype)
+    if not bool((found.movedim(channels.dim, -1) == expected).all()):
+        raise RuntimeError(
+            "a stage writes to channels that its masks make constant: the weights and biases that "
+            f"they prune must be zero ({channels.why})"
+        )
+
+
+def probe_reader(stage: nn.Module, restore: Restore, sent: Tensor) -> None:
+    """Check that what stands in channels that are not read changes nothing, in neither pass.
+
+    On copies of the layers up to the one that reads, and compared bit for bit.
+
+    Raises:
+        RuntimeError: it does: weights that the masks prune are not zero, say.
+    """
+    channels = restore.channels
+    if not channels.unread.any():
+        return
+    results = [_passes(stage, restore, sent, noise) for noise in (False, True)]
+    for plain, noisy in zip(*results, strict=True):
+        if not torch.equal(plain, noisy):
+            raise RuntimeError(
+                "a stage reads channels that its masks prune: the weights that they prune must be "
+                f"zero ({channels.why})"
+            )
+
+
+def _passes(stage: nn.Module, restore: Restore, sent: Tensor, noise: bool) -> list[Tensor]:
+    """Output and gradients of the layers up to the one that reads the boundary."""
+    channels = restore.channels
+    head = nn.Sequential(*_head(stage))
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = sent.clone().requires_grad_()
+        whole = restore(x)
+        if noise:
+            unread = channels.unread.nonzero().flatten().to(x.device)
+            random = torch.randn_like(whole.index_select(channels.dim, unread))
+            whole = whole.index_copy(channels.dim, unread, random)
+        torch.manual_seed(1)  # of dropout
+        y = head(whole)
+        torch.manual_seed(2)
+        y.backward(torch.randn_like(y))
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+def _head(stage: nn.Module) -> list[nn.Module]:
+    """Copies of those layers, without hooks: the stage may be such a layer itself."""
+    head: list[nn.Module] = []
+    for _, layer in layers_of(stage):
+        head.append(copy.deepcopy(layer))
+        head[-1]._forward_pre_hooks.clear()
+        head[-1]._forward_hooks.clear()
+        if isinstance(layer, READERS):
+            break
+    return head
 
 
 def sides_of(stage: nn.Module, masks: Mapping[str, Tensor]) -> tuple[Side | None, Side | None]:

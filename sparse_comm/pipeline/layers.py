@@ -29,6 +29,7 @@ _POOLS = (
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+READERS = (nn.Linear, *_CONVOLUTIONS)  # layers whose masks decide
 _APART = (*_ELEMENTWISE, *_DROPOUT, *_POOLS, *_NORMS, *_INSTANCE)  # channels stay apart
 
 
@@ -138,7 +139,7 @@ def written_channels(
     """
     after: list[nn.Module] = []
     for name, layer in reversed(list(layers)):
-        if _is(layer, (nn.Linear, *_CONVOLUTIONS)):
+        if _is(layer, READERS):
             mask = _mask(masks, name, "weight")
             needed = None if mask is None else mask.flatten(1).any(1)
             dim = -1 if isinstance(layer, nn.Linear) else 1

@@ -234,8 +234,36 @@ def test_where_nothing_is_needed_one_channel_is_sent():
 
 
 def test_a_tensor_of_another_size_is_refused():
-    channels = Channels(1, torch.tensor([0, 2]), torch.zeros(4), "")
+    channels = Channels(1, torch.tensor([0, 2]), torch.zeros(4), torch.zeros(4).bool(), "")
     with pytest.raises(ValueError, match=r"shape \(3, 5\), expected 4 channels in dimension 1"):
         Keep(channels)(torch.ones(3, 5))
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected 2 channels in dimension 1"):
         Restore(channels)(torch.ones(3, 4))
+
+
+def test_weights_that_are_not_zero_where_the_masks_prune_are_noticed():
+    """Dense stages that somebody forgot to mask."""
+    writer, reader, of_writer, of_reader, x, _ = linear_after_relu()
+    channels = plan(writer, reader, of_writer, of_reader)
+    for name, mask in of_writer.items():
+        writer.get_parameter(name).data.mul_(mask)
+    plain = copy.deepcopy(writer)
+    insert(writer, last=channels)
+    insert(reader, first=channels)
+    small = writer(x)
+    with pytest.raises(RuntimeError, match="a stage reads channels that its masks prune"):
+        reader(small)
+    plain[0].bias.data.fill_(1.0)
+    insert(plain, last=channels)
+    with pytest.raises(RuntimeError, match="a stage writes to channels that its masks make const"):
+        plain(x)
+
+
+def test_what_is_not_finite_is_looked_at_later():
+    """torch infers shapes from uninitialized memory."""
+    writer, reader, of_writer, of_reader, *_ = linear_after_relu()
+    channels = plan(writer, reader, of_writer, of_reader)
+    insert(reader, first=channels)
+    reader(torch.full((6, channels.kept.numel()), torch.nan))
+    with pytest.raises(RuntimeError, match="a stage reads channels"):
+        reader(torch.randn(6, channels.kept.numel()))
