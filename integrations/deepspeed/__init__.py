@@ -2,6 +2,7 @@
 
 from .checkpoint import dense_state_dict_of, expand_checkpoint, pack_checkpoint
 from .engine import gradient_bytes, watch
+from .sends import pack_sends
 from .start import initialize
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "gradient_bytes",
     "initialize",
     "pack_checkpoint",
+    "pack_sends",
     "watch",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 
 from sparse_comm.compact.slot import MODES, Mode
+from sparse_comm.pipeline import CODECS
 
 __all__ = ["BLOCK", "NOT_A_PATH", "Block", "mentions_block", "read_block", "whole_config"]
 
@@ -26,11 +27,13 @@ class Block:
         masks: path of a file that ``sparse_comm.save_masks`` wrote, or one of ``NOT_A_PATH``.
         weights: as in ``sparse_comm.compact``; None for what suits the ZeRO stage: "transient" in
             stage 3, else "cached".
+        pipeline_codec: of ``pack_sends``, for models that are pipelines.
         enabled: true.
     """
 
     masks: str
     weights: Mode | None = None
+    pipeline_codec: str = "auto"
     enabled: bool = True
 
 
@@ -85,7 +88,11 @@ def read_block(config: Mapping[str, Any]) -> Block | None:
         near = difflib.get_close_matches(str(weights), MODES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise _wrong(f"'weights' must be 'cached' or 'transient', got {weights!r}{hint}")
-    return Block(masks, weights)
+    codec = given.get("pipeline_codec", "auto")
+    if codec not in CODECS:
+        names = ", ".join(map(repr, CODECS))
+        raise _wrong(f"'pipeline_codec' must be one of {names}, got {codec!r}")
+    return Block(masks, weights, codec)
 
 
 def mentions_block(config: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from .masks import agreed_patterns
 from .names import join_expert_groups
 from .partitioned import PartitionedAccess, drop_caches, is_partitioned
 from .refuse import check_supported, check_version, zero_stage
+from .sends import pack_sends
 
 __all__ = ["initialize", "listed", "make_compact", "put_in"]
 
@@ -49,9 +50,11 @@ def initialize(
     """``deepspeed.initialize``, with compact parameters if the config has an enabled block.
 
     The block: ``"sparse_comm": {"enabled": true, "masks": "masks.safetensors" | "from_zeros" |
-    "from_torch_prune" | "from_deepspeed_compression", "weights": "cached" | "transient"}``.
-    ``weights`` is "cached" if not given, "transient" with ZeRO 3. Without the block, or with
-    ``"enabled": false``, this is a call of ``deepspeed.initialize`` and nothing else.
+    "from_torch_prune" | "from_deepspeed_compression", "weights": "cached" | "transient",
+    "pipeline_codec": "auto" | "channels" | "zeros" | "dense"}``. ``weights`` is "cached" if not
+    given, "transient" with ZeRO 3; ``pipeline_codec``, of pipelines, is "auto" (``pack_sends``).
+    Without the block, or with ``"enabled": false``, this is a call of ``deepspeed.initialize`` and
+    nothing else.
 
     Args:
         args: as in ``deepspeed.initialize``.
@@ -108,7 +111,11 @@ def initialize(
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     block = on_all_ranks(lambda: read_block(whole))
     # The file of masks may lie elsewhere on each machine; the masks themselves are compared later.
-    kinds = gather("off" if block is None else f"'weights': {block.weights!r}")
+    kinds = gather(
+        "off"
+        if block is None
+        else f"'weights': {block.weights!r}, 'pipeline_codec': {block.pipeline_codec!r}"
+    )
     if len(set(kinds)) > 1:
         ranks = "; ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(kinds))
         raise ValueError(
@@ -130,7 +137,10 @@ def initialize(
     except BaseException:
         _restore(model, optimizer)
         raise
-    return follow(engine), *others
+    follow(engine)
+    if isinstance(model, deepspeed.PipelineModule):
+        pack_sends(engine, block.pipeline_codec)
+    return engine, *others
 
 
 def make_compact(

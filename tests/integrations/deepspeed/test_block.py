@@ -30,13 +30,20 @@ def test_a_block_is_enabled_unless_it_says_not():
     [
         ({**BLOCK, "weigths": "cached"}, "unknown key 'weigths'; did you mean 'weights'?"),
         ({**BLOCK, "mask": "x"}, "unknown key 'mask'; did you mean 'masks'?"),
-        ({**BLOCK, "zzz": 1}, "unknown key 'zzz'; it knows masks, weights, enabled"),
+        (
+            {**BLOCK, "zzz": 1},
+            "unknown key 'zzz'; it knows masks, weights, pipeline_codec, enabled",
+        ),
         ({**BLOCK, "enabled": False, "zzz": 1}, "unknown key 'zzz'"),
         ({**BLOCK, "enabled": "true"}, "'enabled' must be true or false, got 'true'"),
         ({**BLOCK, "enabled": 1}, "'enabled' must be true or false, got 1"),
         ({}, "'masks' must be the path of a file .* got None"),
         ({"masks": 3}, "'masks' must be the path of a file .* got 3"),
         ({**BLOCK, "weights": "cache"}, "got 'cache'; did you mean 'cached'?"),
+        (
+            {**BLOCK, "pipeline_codec": "zip"},
+            "'pipeline_codec' must be one of 'auto', .* got 'zip'",
+        ),
         ({**BLOCK, "weights": 1}, "'weights' must be 'cached' or 'transient', got 1"),
         ("masks.safetensors", "must be an object such as .* got 'masks.safetensors'"),
         (True, "must be an object such as .* got True"),
