@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_comm.compact.slot import Mode
 from sparse_comm.mask_sync import on_all_ranks
+from sparse_comm.pipeline import Codec
 from sparse_comm.reduce import GradientBuckets, Reduction
 
 from .agreement import agreed_count, check_arguments, check_shapes, compare_options, micro_batches
@@ -21,6 +22,7 @@ from .layers import refuse_unscattered
 from .loss_scale import agree_on_scale, unscale
 from .masks import Names, whole_names
 from .modules import config, inter_layer, intra_layer, overlap_communication
+from .sends import Sends, make_sends
 from .span import span
 from .start import state
 from .tied import TiedStages
@@ -69,6 +71,9 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         bucket_cap_mb: MiB of a bucket; from the link's measured speed if not given.
         overlap: whether gradients are averaged while backward goes on; losses are the same.
         stats: whether ``stats()`` has figures.
+        pipeline_codec: of the messages between stages: "auto", "channels", "zeros" or "dense"
+            (docs/pipeline.md); results are the same.
+        pipeline_checksum: whether they carry one, at some 0.5 ms a MB.
 
     Raises:
         ValueError, TypeError, RuntimeError: on all ranks, before anything is trained: ``init`` was
@@ -96,6 +101,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         bucket_cap_mb: float | None = None,
         overlap: bool = True,
         stats: bool = False,
+        pipeline_codec: str | Codec = "auto",
+        pipeline_checksum: bool = False,
     ) -> None:
         self._state = state()
         on_all_ranks(lambda: check_arguments(model, computation_dtype, sparse, masks))
@@ -119,6 +126,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         self.tied = TiedStages(model, self.names, tied, self._state) if tied else None
         if reduce_dtype is None and sparse:
             reduce_dtype = computation_dtype
+        self._codec, self._checksum = pipeline_codec, pipeline_checksum
+        self._sends = self._make_sends()
         self.overlap = overlap
         self.reduction = Reduction(reduce_dtype, stats=stats)
         if bucket_cap_mb is None:
@@ -142,6 +151,15 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         if self.reduction.recorder is None:
             raise RuntimeError("this engine keeps no figures: InterLayerEngine(…, stats=True)")
         return self.reduction.stats()
+
+    def pack_sends(self) -> None:
+        """Plan the messages between stages, anew after ``update_masks``. A collective."""
+        self._sends.ends.remove()
+        self._sends = self._make_sends()
+
+    def _make_sends(self) -> Sends:
+        dtype = self.computation_dtype
+        return make_sends(self.model, self._state, dtype, self._codec, None, self._checksum)
 
     def reset_stats(self) -> None:
         """Start the figures anew."""
@@ -248,6 +266,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             self._average()
 
         self._state.stepping = True
+        self._sends.begin()
         with intra_layer.no_grad_sync():  # which AxoNN would do here
             loss: float = super().forward_backward_optimizer(
                 batch,
@@ -288,47 +307,26 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
                 overlap_communication.accumulate()
 
     def _send(self, tensor: Tensor, destination: int, tag: int) -> None:
-        if not 0 <= destination < config.G_inter:
-            return
-        with span("send"):
-            self._clear_transit_tensors()
-            tensor = tensor.detach().contiguous().to(self.computation_dtype)
-            if tensor.is_cuda:
-                torch.cuda.synchronize()
-            assert self._state.transport is not None
-            request = self._state.transport.send(tensor, destination)
-            self.transit_tensors.append([request, tensor])
+        if 0 <= destination < config.G_inter:
+            with span("send"):
+                self._sends.send(tensor, destination, self._evaluates)
 
     def _clear_transit_tensors(self, clear_all: bool = False) -> None:
-        if not clear_all:
-            if self._evaluates and len(self.transit_tensors) == config.G_inter:
-                self.transit_tensors[0][0].Wait()  # AxoNN would look again and again
-            super()._clear_transit_tensors()
-            return
-        with span("send"):  # the last messages leave
-            super()._clear_transit_tensors(clear_all=True)
+        if clear_all:
+            with span("send"):  # the last messages leave
+                self._sends.flush()
 
     def _post_recv_requests(self, post_fw_recv: bool = True, post_bw_recv: bool = True) -> None:
         # AxoNN asks for nothing where one message only is to come.
         super()._post_recv_requests(True, not self._evaluates)
 
     def _post_fw_recv_requests(self) -> None:
-        self._post("fw", config.inter_layer_parallel_rank - 1, "get_input_shape")
+        if self.requests["fw"] is None:
+            self.requests["fw"] = self._sends.post("fw")
 
     def _post_bw_recv_requests(self) -> None:
-        self._post("bw", config.inter_layer_parallel_rank + 1, "get_output_shape")
-
-    def _post(self, kind: str, stage: int, shape: str) -> None:
-        if self.requests[kind] is not None or not 0 <= stage < config.G_inter:
-            return
-        tensor = torch.empty(
-            self._fill_shape(getattr(self.model, shape)()),
-            device=self._state.device,
-            dtype=self.computation_dtype,
-        )
-        assert self._state.transport is not None
-        request = self._state.transport.receive(tensor, stage)
-        self.requests[kind] = [tensor.requires_grad_(kind == "fw"), request]
+        if self.requests["bw"] is None:
+            self.requests["bw"] = self._sends.post("bw")
 
     def _recv(
         self, post_fw_recv: bool = True, post_bw_recv: bool = True, eval_mode: bool = False
@@ -337,18 +335,16 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
         kinds = [kind for kind in ("fw", "bw") if self.requests[kind] is not None]
         if len(kinds) == 2 and config.G_intra > 1:
             kinds = [self._next_by_schedule()]
-        assert self._state.transport is not None
         with span("wait"):
-            first = self._state.transport.first([self.requests[kind][1] for kind in kinds])
-        kind = kinds[first]
-        tensor = self.requests[kind][0]
+            kind = kinds[self._sends.first([self.requests[kind] for kind in kinds])]
+            tensor = self._sends.take(self.requests[kind])
         self.requests[kind] = None
         number = self._arrived[kind]
         self._arrived[kind] += 1
         if kind == "fw":
             if post_fw_recv:
                 self._post_fw_recv_requests()
-            self._forward_pass(tensor, number, eval_mode)
+            self._forward_pass(tensor.requires_grad_(), number, eval_mode)
             return number, inter_layer.Operation.FW
         if post_bw_recv:
             self._post_bw_recv_requests()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .modules import ax, mpi
 
-__all__ = ["MPITransport", "Request", "TorchTransport", "Transport"]
+__all__ = ["MPITransport", "Request", "TorchTransport", "Transport", "in_memory"]
 
 
 class Request(Protocol):
@@ -53,12 +53,12 @@ class MPITransport:
 
     def send(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
-        request: Request = ax.comm_handle.p2p_mpi_comm.Isend(_bytes(tensor), stage)
+        request: Request = ax.comm_handle.p2p_mpi_comm.Isend(in_memory(tensor), stage)
         return request
 
     def receive(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
-        request: Request = ax.comm_handle.p2p_mpi_comm.Irecv(_bytes(tensor), stage)
+        request: Request = ax.comm_handle.p2p_mpi_comm.Irecv(in_memory(tensor), stage)
         return request
 
     def first(self, requests: Sequence[Any]) -> int:
@@ -66,7 +66,8 @@ class MPITransport:
         return int(mpi.Request.Waitany(list(requests)))
 
 
-def _bytes(tensor: Tensor) -> Any:
+def in_memory(tensor: Tensor) -> Any:
+    """A tensor's bytes, as mpi4py takes them."""
     return [mpi.memory.fromaddress(tensor.data_ptr(), tensor.nbytes), mpi.BYTE]
 
 

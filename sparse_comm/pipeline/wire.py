@@ -23,9 +23,16 @@ from torch import Tensor
 from .codec import MessageError
 from .message import HEADER, announcement, read_header
 
-__all__ = ["Inbox", "Outbox", "TorchWire", "Wire"]
+__all__ = ["Inbox", "Incoming", "Message", "Outbox", "TorchWire", "Wire"]
 
 _ROOM = 1 << 12  # a multiple of it is a buffer's size
+
+
+class Message(Protocol):
+    """One that is under way."""
+
+    def wait(self) -> Any:
+        """Until it has left its tensor, or something has come."""
 
 
 class Wire(Protocol):
@@ -37,11 +44,11 @@ class Wire(Protocol):
 
     in_threads: bool
 
-    def send(self, tensor: Tensor) -> Callable[[], Any]:
-        """Start to send a uint8 tensor; returns what waits until it has left."""
+    def send(self, tensor: Tensor) -> Message:
+        """Start to send a uint8 tensor."""
 
-    def receive(self, tensor: Tensor) -> Callable[[], Any]:
-        """Start to receive into a uint8 tensor; returns what waits until something has come."""
+    def receive(self, tensor: Tensor) -> Message:
+        """Start to receive into a uint8 tensor, which may be larger than what comes."""
 
 
 class TorchWire:
@@ -66,15 +73,17 @@ class TorchWire:
             )
         self._group, self._rank, self._tag = group, rank, tag
 
-    def send(self, tensor: Tensor) -> Callable[[], Any]:
+    def send(self, tensor: Tensor) -> Message:
         """See Wire."""
         work = dist.isend(tensor, self._rank, self._group, self._tag)
-        return work.wait  # type: ignore[union-attr]
+        assert work is not None
+        return work
 
-    def receive(self, tensor: Tensor) -> Callable[[], Any]:
+    def receive(self, tensor: Tensor) -> Message:
         """See Wire."""
         work = dist.irecv(tensor, self._rank, self._group, self._tag)
-        return work.wait  # type: ignore[union-attr]
+        assert work is not None
+        return work
 
 
 class _Room:
@@ -129,7 +138,7 @@ class Outbox:
         self._thread = _Thread(f"sparse_comm-{name}", wire.in_threads)
         self._room = _Room()
         self._leaving: deque[futures.Future[Any]] = deque()
-        self._sent: deque[tuple[Callable[[], Any], Tensor]] = deque()
+        self._sent: deque[tuple[Message, Tensor]] = deque()
 
     def put(self, make: Callable[[], Tensor]) -> None:
         """Send what ``make()`` gives, after all that was put before.
@@ -162,7 +171,7 @@ class Outbox:
 
     def _wait_for(self, left: int) -> None:
         while len(self._sent) > left:
-            self._sent[0][0]()
+            self._sent[0][0].wait()
             self._sent.popleft()
 
 
@@ -219,7 +228,7 @@ class Inbox:
     def _in_thread(self, future: futures.Future[Any]) -> None:
         try:
             buffer = torch.empty(self._room.size, dtype=torch.uint8)
-            self._wire.receive(buffer)()
+            self._wire.receive(buffer).wait()
             message = self._whole(buffer)
         except BaseException as error:
             future.set_exception(error)
@@ -232,7 +241,7 @@ class Inbox:
         if header.announces:
             self._room.grow(header.nbytes)
             buffer = torch.empty(header.nbytes, dtype=torch.uint8)
-            self._wire.receive(buffer)()
+            self._wire.receive(buffer).wait()
         if header.nbytes > buffer.numel():
             raise MessageError(
                 f"a message of {header.nbytes} bytes came where {buffer.numel()} fit"
@@ -257,7 +266,7 @@ class Inbox:
         """Receive and read all up to this one, unless threads do."""
         while self._asked and not incoming.future.done():
             first = self._asked[0]
-            first.request()
+            first.request.wait()
             message = self._whole(self._buffer)
             self._asked.popleft()
             self._post()

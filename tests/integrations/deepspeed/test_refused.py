@@ -139,8 +139,8 @@ def what_one_rank_alone_cannot_do(rank: int, world_size: int) -> None:
     refused(merged(CONFIG, wrong), said, error)
     refused(
         merged(CONFIG, block(**({"weights": "transient"} if rank else {}))),
-        r"ranks' configs differ \(rank 0: 'weights': None, 'pipeline_codec': 'auto'; rank 1: 'weights': "
-        r"'transient', 'pipeline_codec': 'auto'\)",
+        r"ranks' configs differ \(rank 0: 'weights': None, 'pipeline_codec': 'auto'; rank 1: "
+        r"'weights': 'transient', 'pipeline_codec': 'auto'\)",
     )
     model, masks = pruned()
     path = shared_folder() / "masks.safetensors"
