@@ -265,8 +265,8 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
                 self._buckets.reduce()
             self._average()
 
-        self._state.stepping = True
         self._sends.begin()
+        self._state.stepping = True
         with intra_layer.no_grad_sync():  # which AxoNN would do here
             loss: float = super().forward_backward_optimizer(
                 batch,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_comm.reduce.span import span
 
-from .codec import Codec, Kept
+from .codec import Codec, Kept, MessageError
 from .message import decode, encode, read_header
 from .wire import Inbox, Incoming, Outbox, Wire
 
@@ -109,9 +109,12 @@ class Boundary:
             RuntimeError: it is another micro-batch's.
         """
         incoming = self.expect(number)
-        with span("receive", "pipeline"):
-            tensors, found = incoming.result()
         del self._coming[number]
+        try:
+            with span("receive", "pipeline"):
+                tensors, found = incoming.result()
+        except MessageError as error:
+            raise MessageError(f"{self.name}: {error}") from error
         if found != number:
             raise RuntimeError(
                 f"{self.name}: micro-batch {number} was expected, {found} came: the stages follow "

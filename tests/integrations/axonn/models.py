@@ -223,3 +223,51 @@ def same_stages(a: Any, b: Any) -> bool:
     """Whether two stages, dense or compact, stand for the same bits."""
     one, other = sparse_comm.dense_state_dict(a), sparse_comm.dense_state_dict(b)
     return list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
+
+
+class ReluStage(nn.Sequential):
+    """One layer that ends in a ReLU; the last stage has a head."""
+
+    def __init__(self, number: int, count: int) -> None:
+        torch.manual_seed(number)
+        layers: list[nn.Module] = [nn.Linear(2 * WIDTH, 2 * WIDTH), nn.ReLU()]
+        if number == count - 1:
+            layers.append(nn.Linear(2 * WIDTH, CLASSES))
+        super().__init__(*layers)
+
+    def get_input_shape(self) -> list[int]:
+        return [-1, 2 * WIDTH]
+
+    get_output_shape = get_input_shape
+
+
+def relu_engine(codec: str, compact: bool = True, **options: Any) -> Any:
+    """Of stages whose masks prune whole columns and, but for the last one, rows."""
+    stage = ReluStage(ax.config.inter_layer_parallel_rank, ax.config.G_inter)
+    masks = random_masks(stage, 0.6, seed=ax.config.inter_layer_parallel_rank)
+    masks["0.weight"][:, ::5] = False
+    if ax.config.inter_layer_parallel_rank < ax.config.G_inter - 1:
+        masks["0.weight"][3::7] = False
+        masks["0.bias"] = torch.ones(2 * WIDTH, dtype=torch.bool)
+        masks["0.bias"][3::7] = False
+    if compact:
+        options |= {"sparse": True, "masks": masks}
+    options = {"computation_dtype": torch.float32, "bucket_cap_mb": 0.005, **options}
+    return sparse_axonn.InterLayerEngine(
+        stage, F.cross_entropy, micro_batch_size=2, pipeline_codec=codec, **options
+    )
+
+
+def relu_batch(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, 2 * WIDTH, generator=torch.Generator().manual_seed(seed))
+    return x, x[:, :CLASSES].argmax(1)
+
+
+def train_relu(engine: Any, steps: int = 8, first: int = 0) -> list[float]:
+    optimizer = adamw(engine.model)
+    losses = []
+    for number in range(first, first + steps):
+        optimizer.zero_grad()
+        x, y = relu_batch(1000 * ax.config.data_parallel_rank + number)
+        losses.append(engine.forward_backward_optimizer(x, y, optimizer))
+    return over_replicas(losses)

@@ -44,6 +44,11 @@ def main() -> None:
         sparse_axonn.init(*grid, transport=options.transport)
         engine = models.engine_of(models.masks_of_whole())
         said["losses"][str(grid)] = models.train(engine, steps=6)
+    sparse_axonn.init(4, 1, transport=options.transport)
+    of_codecs = [
+        models.train_relu(models.relu_engine(codec)) for codec in ("dense", "channels", "zeros")
+    ]
+    said["codecs"] = of_codecs
     sparse_axonn.init(options.G_inter, options.G_data, transport=options.transport)
     if transport == "MPITransport":
         said |= {"dense": [train_dense(InterLayerEngine), train_dense(AxoNN_Inter_Layer_Engine)]}
