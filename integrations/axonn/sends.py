@@ -239,7 +239,8 @@ def _boundary(
         rank = dist.get_process_group_ranks(state.pipeline)[other]
         wires = [TorchWire(state.pipeline, rank, out), TorchWire(state.pipeline, rank, back)]
     chosen = codec if not isinstance(codec, str) else Zeros()
-    return Boundary(f"stages {first} and {first + 1}", chosen, *wires, checksum=checksum)
+    name = f"stages {first} and {first + 1}"
+    return Boundary(name, chosen, *wires, writes=other > index, checksum=checksum)
 
 
 class _MPIWire:

@@ -153,7 +153,9 @@ def _boundary(engine: Engine, other: int, codec: str | Codec, checksum: bool) ->
     forward, backward = (TorchWire(group, rank, _TAG + 2 * first + n) for n in (0, 1))
     out, back = (forward, backward) if other > engine.stage_id else (backward, forward)
     chosen = codec if not isinstance(codec, str) else Zeros()
-    return Boundary(f"stages {first} and {first + 1}", chosen, out, back, checksum=checksum)
+    writes = other > engine.stage_id
+    name = f"stages {first} and {first + 1}"
+    return Boundary(name, chosen, out, back, writes=writes, checksum=checksum)
 
 
 class PackedSends(PipelineEngine):

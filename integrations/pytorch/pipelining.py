@@ -130,7 +130,8 @@ class _Plan:
         name = f"stages {min(other, index)} and {max(other, index)}"
         out, back = (forward, backward) if other > index else (backward, forward)
         codec = self.codec if not isinstance(self.codec, str) else Zeros()
-        return Boundary(name, codec, out, back, checksum=self.checksum)
+        writes = other > index
+        return Boundary(name, codec, out, back, writes=writes, checksum=self.checksum)
 
 
 class PackedStage(_PipelineStageBase):
@@ -153,6 +154,19 @@ class PackedStage(_PipelineStageBase):
         """As torch's: at the beginning of a step."""
         super().clear_runtime_states()
         self._sparse_comm.ends.begin_step()
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, which runs the stage on memory that nobody has written, to learn shapes.
+
+        A norm that is in training would keep statistics of that.
+        """
+        self._buffers_before = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
+        return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        super()._post_metadata_inference_cleanup()  # type: ignore[misc]  # of PipelineStage
+        for buffer, before in self.__dict__.pop("_buffers_before", ()):
+            buffer.copy_(before)
 
     # ---------------------------------------------------------------- what schedules ask for
 

@@ -54,6 +54,7 @@ class Boundary:
         codec: of what this end sends; it may be replaced between steps.
         out: to the neighbour.
         back: from the neighbour.
+        writes: whether this is the writer's end, which sends activations and receives gradients.
         checksum: whether messages have one.
 
     Attributes:
@@ -62,9 +63,16 @@ class Boundary:
     """
 
     def __init__(
-        self, name: str, codec: Codec, out: Wire, back: Wire, *, checksum: bool = False
+        self,
+        name: str,
+        codec: Codec,
+        out: Wire,
+        back: Wire,
+        *,
+        writes: bool,
+        checksum: bool = False,
     ) -> None:
-        self.name, self.codec, self._checksum = name, codec, checksum
+        self.name, self.codec, self._writes, self._checksum = name, codec, writes, checksum
         self._outbox = Outbox(out, f"send-{name}")
         self._inbox = Inbox(back, f"receive-{name}", self._read)
         self._coming: dict[int, Incoming] = {}
@@ -86,9 +94,9 @@ class Boundary:
     def _make(self, tensors: list[Tensor | None], number: int, codec: Codec) -> Tensor:
         with span("encode", "pipeline"):
             start = time.perf_counter()
-            kept = self._kept.pop(number, None)
+            kept = None if self._writes else self._kept.pop(number, None)
             message, mine = encode(tensors, codec, kept, number=number, checksum=self._checksum)
-            if kept is None and any(keeps is not None for keeps in mine):
+            if self._writes:
                 self._kept[number] = mine
             seconds = time.perf_counter() - start
         with self._lock:
@@ -126,9 +134,9 @@ class Boundary:
         with span("decode", "pipeline"):
             start = time.perf_counter()
             number = read_header(message).number
-            kept = self._kept.pop(number, None)
+            kept = self._kept.pop(number, None) if self._writes else None
             tensors, theirs = decode(message, kept, codec=self.codec)
-            if kept is None and any(keeps is not None for keeps in theirs):
+            if not self._writes:
                 self._kept[number] = theirs
             seconds = time.perf_counter() - start
         with self._lock:

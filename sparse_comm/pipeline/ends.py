@@ -29,9 +29,9 @@ from .zeros import Zeros
 __all__ = ["CODECS", "Description", "Ends", "check_codec", "compare", "describe"]
 
 CODECS = ("auto", "channels", "dense", "zeros")
-_PINGS = 3
-_PING_NUMBER = (1 << 32) - 1  # of no micro-batch
-_MOST = 4 << 20  # bytes of a ping
+_PING = (1 << 32) - 1  # the number of no micro-batch
+_LEAST = 1 << 12  # bytes of a ping
+_BURST = 1 << 21  # bytes that are sent at once, more than a link lets through at first
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Ends:
             if boundary is None:
                 continue
             sent, _ = boundary.take_traffic()
-            rate = _rate(boundary, sent, is_writer)
+            rate = _rate(boundary, sent)
             boundary.codec, why = _better(sent, rate)
             each = max(sent.messages, 1)
             sends = sent.sent if isinstance(boundary.codec, Zeros) else sent.dense
@@ -255,30 +255,27 @@ def _said(way: str, text: str, channels: Channels | None) -> str:
 
 def _swap(boundary: Boundary, text: str) -> str:
     """The neighbour's text for this end's."""
-    boundary.send([torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)], _PING_NUMBER)
-    (received,) = boundary.receive(_PING_NUMBER)
+    boundary.send([torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)], _PING)
+    (received,) = boundary.receive(_PING)
     assert received is not None
     boundary.take_traffic()
     return received.numpy().tobytes().decode()
 
 
-def _rate(boundary: Boundary, sent: Traffic, initiates: bool) -> float:
-    """Bytes a second that go over a boundary, by messages that go there and back."""
-    size = min(max(sent.dense // max(sent.messages, 1), 1 << 12), _MOST)
-    times = []
-    for _ in range(1 + _PINGS):
+def _rate(boundary: Boundary, sent: Traffic) -> float:
+    """Bytes a second that go over a boundary in each direction, both at once, as in a step."""
+    mine = sent.dense // max(sent.messages, 1)
+    size = max(mine, int(_swap(boundary, str(mine))), _LEAST)  # the same at both ends
+    count = -(-_BURST // size)
+    for _ in range(2):  # the first finds buffers small, and a shaped link idle
         start = time.perf_counter()
-        if initiates:
-            boundary.send([torch.empty(size, dtype=torch.uint8)], _PING_NUMBER)
-            boundary.receive(_PING_NUMBER)
-        else:
-            received = boundary.receive(_PING_NUMBER)
-            boundary.send(received, _PING_NUMBER)
-            assert received[0] is not None
-            size = received[0].nbytes
-        times.append(time.perf_counter() - start)
+        for _ in range(count):
+            boundary.send([torch.empty(size, dtype=torch.uint8)], _PING)
+        for _ in range(count):
+            boundary.receive(_PING)
+        seconds = time.perf_counter() - start
     boundary.take_traffic()
-    return 2 * size / min(times[1:])
+    return count * size / seconds
 
 
 def _better(sent: Traffic, rate: float) -> tuple[Codec, str]:
