@@ -159,7 +159,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
 
     def _make_sends(self) -> Sends:
         dtype = self.computation_dtype
-        return make_sends(self.model, self._state, dtype, self._codec, None, self._checksum)
+        return make_sends(self.model, self._state, dtype, self._codec, self._checksum)
 
     def reset_stats(self) -> None:
         """Start the figures anew."""
@@ -337,7 +337,7 @@ class InterLayerEngine(inter_layer.AxoNN_Inter_Layer_Engine):
             kinds = [self._next_by_schedule()]
         with span("wait"):
             kind = kinds[self._sends.first([self.requests[kind] for kind in kinds])]
-            tensor = self._sends.take(self.requests[kind])
+            tensor = self.requests[kind].take()
         self.requests[kind] = None
         number = self._arrived[kind]
         self._arrived[kind] += 1

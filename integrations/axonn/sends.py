@@ -1,14 +1,15 @@
 """What goes between the stages of AxoNN's pipelines: plain tensors, or what the next stage reads.
 
 AxoNN's engine asks for a message of either kind ("fw": an activation, "bw": a gradient) and takes
-the one that comes first; both ways of sending answer to that.
+the one that comes first, over boundaries that pack and over those that do not.
 """
 
 from __future__ import annotations
 
 import concurrent.futures as futures
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from sparse_comm.mask_sync import gather, on_all_ranks
 from sparse_comm.pipeline import (
     Boundary,
-    Channels,
     Codec,
     Ends,
+    Incoming,
     TorchWire,
     Zeros,
     compare,
@@ -30,35 +31,131 @@ from .modules import ax, config, mpi
 from .start import State
 from .transport import MPITransport, in_memory
 
-__all__ = ["PackedSends", "PlainSends", "Sends", "make_sends"]
+__all__ = ["Posted", "Sends", "make_sends"]
 
 _TAG = 0x5A0000  # of the first packed message; plain ones have 0
 
 
-class Sends(Protocol):
-    """A stage's messages to its neighbours, and from them."""
+class Sends:
+    """A stage's messages to its neighbours, and from them.
 
-    @property
-    def ends(self) -> Ends:
-        """What was agreed with the neighbours."""
+    Over a boundary that packs, messages say what they hold; over the others tensors travel in the
+    dtype and of the shapes that the stages have agreed on, as in AxoNN.
+
+    Args:
+        model: the stage.
+        state: of ``init``.
+        dtype: of the messages.
+        ends: the boundaries; None of those that do not pack.
+    """
+
+    def __init__(self, model: nn.Module, state: State, dtype: torch.dtype, ends: Ends) -> None:
+        self._model, self._dtype, self.ends = model, dtype, ends
+        self._transport, self._device = state.transport, state.device
+        self._leaving: list[tuple[Any, Tensor]] = []
+        self._next: dict[str, int] = {}
 
     def begin(self) -> None:
         """A batch begins."""
+        self._next = {}
+        self.ends.begin_step()
 
     def send(self, tensor: Tensor, stage: int, evaluates: bool) -> None:
-        """Start to send a micro-batch's activation, or its gradient, with its graph."""
+        """Start to send a micro-batch's activation, with its graph, or its gradient."""
+        forward = stage > config.inter_layer_parallel_rank
+        boundary = self.ends.behind if forward else self.ends.before
+        if boundary is None:
+            self._send_plain(tensor.detach().contiguous().to(self._dtype), stage, evaluates)
+            return
+        number = self._number("sent forward" if forward else "sent back")
+        boundary.send([tensor.to(self._dtype)], number)
+        if evaluates and number % config.G_inter == config.G_inter - 1:
+            boundary.flush()  # or activations would pile up
 
-    def post(self, kind: str) -> Any:
+    def _send_plain(self, tensor: Tensor, stage: int, evaluates: bool) -> None:
+        if evaluates and len(self._leaving) == config.G_inter:
+            self._leaving[0][0].Wait()
+        self._leaving = [sent for sent in self._leaving if not sent[0].Test()]
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+        assert self._transport is not None
+        self._leaving.append((self._transport.send(tensor, stage), tensor))
+
+    def post(self, kind: str) -> Posted | None:
         """Let the next message of a kind come, if there is a stage that sends it."""
+        forward = kind == "fw"
+        stage = config.inter_layer_parallel_rank + (-1 if forward else 1)
+        if not 0 <= stage < config.G_inter:
+            return None
+        boundary = self.ends.before if forward else self.ends.behind
+        if boundary is not None:
+            number = self._number(kind)
+            return Posted(boundary.expect(number), lambda: _only(boundary.receive(number)))
+        which = self._model.get_input_shape if forward else self._model.get_output_shape
+        shape = [config.micro_batch_size if n == -1 else n for n in which()]  # type: ignore[operator]
+        if (channels := self.ends.channels[not forward]) is not None:
+            shape[channels.dim] = channels.kept.numel()
+        tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
+        assert self._transport is not None
+        request = self._transport.receive(tensor, stage)
 
-    def first(self, posted: Sequence[Any]) -> int:
+        def take() -> Tensor:
+            request.Wait()
+            return tensor
+
+        return Posted(request, take)
+
+    def first(self, posted: Sequence[Posted]) -> int:
         """Wait until one of the messages has come; returns which."""
-
-    def take(self, posted: Any) -> Tensor:
-        """The tensor of a message."""
+        if len(posted) == 1:
+            return 0
+        if isinstance(self._transport, MPITransport):
+            return int(mpi.Request.Waitany([one.of_mpi() for one in posted]))
+        pending = [one.in_thread() for one in posted]
+        futures.wait(pending, return_when=futures.FIRST_COMPLETED)
+        return next(n for n, future in enumerate(pending) if future.done())
 
     def flush(self) -> None:
         """Wait until all have left."""
+        for request, _ in self._leaving:
+            request.Wait()
+        self._leaving = []
+        self.ends.end_step()
+
+    def _number(self, what: str) -> int:
+        number = self._next.get(what, 0)
+        self._next[what] = number + 1
+        return number
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A message that may come.
+
+    Attributes:
+        request: an Incoming, or the transport's request.
+        take: waits for its tensor.
+    """
+
+    request: Any
+    take: Callable[[], Tensor]
+
+    def in_thread(self) -> futures.Future[Any]:
+        """Done when it has come."""
+        if isinstance(self.request, Incoming):
+            return self.request.future
+        found: futures.Future[Any] = self.request.in_thread()
+        return found
+
+    def of_mpi(self) -> Any:
+        """MPI's request."""
+        return self.request.request.request if isinstance(self.request, Incoming) else self.request
+
+
+def _only(tensors: list[Tensor | None]) -> Tensor:
+    (tensor,) = tensors
+    assert tensor is not None
+    return tensor
 
 
 def make_sends(
@@ -66,7 +163,6 @@ def make_sends(
     state: State,
     dtype: torch.dtype,
     codec: str | Codec,
-    masks: Mapping[str, Tensor] | None,
     checksum: bool,
 ) -> Sends:
     """The sends of a stage. A collective of all ranks.
@@ -75,7 +171,6 @@ def make_sends(
         ValueError: on all ranks: an unknown codec; "zeros" on GPUs; stages with different codecs.
     """
     index = config.inter_layer_parallel_rank
-    packs = codec not in ("dense", "channels") and state.device == "cpu"
 
     def described() -> Any:
         if codec not in ("auto", "channels", "dense") and state.device != "cpu":
@@ -83,144 +178,17 @@ def make_sends(
                 "pipeline_codec='zeros' works on CPUs; on GPUs there are 'channels' and 'dense', "
                 "and 'auto' is 'channels' there"
             )
-        return describe(index, model, codec, masks, checksum)
+        return describe(index, model, codec, None, checksum)
 
     description = on_all_ranks(described)
     planned = compare(gather(description))
     before = behind = None
-    if packs:
+    if codec not in ("dense", "channels") and state.device == "cpu":
         before = _boundary(state, index, index - 1, codec, checksum)
         behind = _boundary(state, index, index + 1, codec, checksum)
-    logs = config.data_parallel_rank == 0 and ax.config.intra_layer_parallel_rank == 0
-    ends = Ends(model, description, planned, codec, masks, before, behind, logs)
-    return PackedSends(ends, dtype) if packs else PlainSends(model, state, dtype, ends)
-
-
-class PlainSends:
-    """Tensors in the dtype and of the shapes that the stages have agreed on, as in AxoNN."""
-
-    def __init__(self, model: nn.Module, state: State, dtype: torch.dtype, ends: Ends) -> None:
-        self._model, self._dtype, self._ends = model, dtype, ends
-        self._transport, self._device = state.transport, state.device
-        self._leaving: list[tuple[Any, Tensor]] = []
-
-    @property
-    def ends(self) -> Ends:
-        """See Sends."""
-        return self._ends
-
-    def begin(self) -> None:
-        """See Sends."""
-        self._ends.begin_step()
-
-    def send(self, tensor: Tensor, stage: int, evaluates: bool) -> None:
-        """See Sends."""
-        if evaluates and len(self._leaving) == config.G_inter:
-            self._leaving[0][0].Wait()
-        self._leaving = [sent for sent in self._leaving if not sent[0].Test()]
-        tensor = tensor.detach().contiguous().to(self._dtype)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        assert self._transport is not None
-        self._leaving.append((self._transport.send(tensor, stage), tensor))
-
-    def post(self, kind: str) -> Any:
-        """See Sends."""
-        stage, which, channels = (
-            (config.inter_layer_parallel_rank - 1, "get_input_shape", self._ends.channels[0])
-            if kind == "fw"
-            else (config.inter_layer_parallel_rank + 1, "get_output_shape", self._ends.channels[1])
-        )
-        if not 0 <= stage < config.G_inter:
-            return None
-        shape = [config.micro_batch_size if n == -1 else n for n in getattr(self._model, which)()]
-        tensor = torch.empty(_sent(shape, channels), device=self._device, dtype=self._dtype)
-        assert self._transport is not None
-        return tensor, self._transport.receive(tensor, stage)
-
-    def first(self, posted: Sequence[Any]) -> int:
-        """See Sends."""
-        assert self._transport is not None
-        return self._transport.first([request for _, request in posted])
-
-    def take(self, posted: Any) -> Tensor:
-        """See Sends."""
-        tensor: Tensor = posted[0]
-        return tensor
-
-    def flush(self) -> None:
-        """See Sends."""
-        for request, _ in self._leaving:
-            request.Wait()
-        self._leaving = []
-
-
-def _sent(shape: list[int], channels: Channels | None) -> list[int]:
-    if channels is not None:
-        shape[channels.dim] = channels.kept.numel()
-    return shape
-
-
-class PackedSends:
-    """Messages that say what they hold, so that neither dtypes nor shapes are agreed on."""
-
-    def __init__(self, ends: Ends, dtype: torch.dtype) -> None:
-        self._ends, self._dtype = ends, dtype
-        self._next: dict[Any, int] = {}
-
-    @property
-    def ends(self) -> Ends:
-        """See Sends."""
-        return self._ends
-
-    def begin(self) -> None:
-        """See Sends."""
-        self._next = {}
-        self._ends.begin_step()
-
-    def send(self, tensor: Tensor, stage: int, evaluates: bool) -> None:
-        """See Sends."""
-        forward = stage > config.inter_layer_parallel_rank
-        boundary = self._ends.behind if forward else self._ends.before
-        assert boundary is not None
-        number = self._number("sent forward" if forward else "sent back")
-        boundary.send([tensor.to(self._dtype)], number)
-        if evaluates and number % config.G_inter == config.G_inter - 1:
-            boundary.flush()  # or activations would pile up
-
-    def post(self, kind: str) -> Any:
-        """See Sends."""
-        boundary = self._ends.before if kind == "fw" else self._ends.behind
-        if boundary is None:
-            return None
-        number = self._number(kind)
-        return boundary, number, boundary.expect(number)
-
-    def first(self, posted: Sequence[Any]) -> int:
-        """See Sends."""
-        if len(posted) == 1:
-            return 0
-        incoming = [one for _, _, one in posted]
-        if incoming[0].request is not None:
-            return int(mpi.Request.Waitany([one.request.request for one in incoming]))
-        futures.wait([one.future for one in incoming], return_when=futures.FIRST_COMPLETED)
-        return next(n for n, one in enumerate(incoming) if one.future.done())
-
-    def take(self, posted: Any) -> Tensor:
-        """See Sends."""
-        boundary, number, _ = posted
-        (tensor,) = boundary.receive(number)
-        assert isinstance(tensor, Tensor)
-        return tensor
-
-    def flush(self) -> None:
-        """See Sends."""
-        self._ends.end_step()
-
-    def _number(self, what: str) -> int:
-        number = self._next.get(what, 0)
-        self._next[what] = number + 1
-        return number
+    logs = config.data_parallel_rank == 0 and config.intra_layer_parallel_rank == 0
+    ends = Ends(model, description, planned, codec, None, before, behind, logs)
+    return Sends(model, state, dtype, ends)
 
 
 def _boundary(

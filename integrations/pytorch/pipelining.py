@@ -161,7 +161,7 @@ class PackedStage(_PipelineStageBase):
         A norm that is in training would keep statistics of that.
         """
         self._buffers_before = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
-        return super()._prepare_forward_infra(*args, **kwargs)
+        return super()._prepare_forward_infra(*args, **kwargs)  # type: ignore[safe-super]
 
     def _post_metadata_inference_cleanup(self) -> None:
         super()._post_metadata_inference_cleanup()  # type: ignore[misc]  # of PipelineStage

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import lz4.frame
 import torch
@@ -22,7 +23,7 @@ class Compressed:
     """Of the shelf: every byte of a tensor through a compressor."""
 
     def __init__(
-        self, name: str, compress: Callable[[bytes], bytes], expand: Callable[[bytes], bytes]
+        self, name: str, compress: Callable[[Any], bytes], expand: Callable[[Any], bytes]
     ) -> None:
         self.name, self._compress, self._expand = name, compress, expand
 

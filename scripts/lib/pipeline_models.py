@@ -176,7 +176,7 @@ def stages(model: Model, layers: list[nn.Module], count: int) -> list[nn.Module]
     Each keeps its layers' numbers as names.
     """
     bounds = [0, *model.cuts[count], len(layers)]
-    made = []
+    made: list[nn.Module] = []
     for first, last in itertools.pairwise(bounds):
         row = {str(number): layers[number] for number in range(first, last)}
         several = any(isinstance(layer, Up | Down) for layer in row.values())

@@ -122,7 +122,7 @@ class Side:
         x, y = self.batch(number, data)
         inputs = (x,) if self.rank == 0 else ()
         losses: list[Tensor] = []
-        target = {"target": y, "losses": losses} if self.is_last else {}
+        target: dict[str, Any] = {"target": y, "losses": losses} if self.is_last else {}
         self.optimizer.zero_grad()
         dist.barrier()
         start = time.perf_counter()
@@ -149,7 +149,7 @@ class Side:
         found = []
         for seed in range(self.job["evaluations"]):
             x, y = self.batch(_HELD_OUT + seed, data, held_out=True)
-            target = {"target": y} if self.is_last else {}
+            target: dict[str, Any] = {"target": y} if self.is_last else {}
             with self.autocast():
                 out = self.schedule.eval(*((x,) if self.rank == 0 else ()), **target)
             if self.is_last:
@@ -184,7 +184,7 @@ class Side:
         if self.rank > 0:
             received = tuple(
                 torch.zeros(info.shape, dtype=info.dtype).requires_grad_(info.requires_grad)
-                for info in self.stage._stage_meta.inputs
+                for info in self.stage._stage_meta.inputs or ()
             )
         with self.autocast():
             out = self.module(*received)
@@ -202,6 +202,7 @@ class Side:
         for shape, dtype in shapes:
             dist.recv(torch.empty(shape, dtype=dtype), self.rank + 1)
         for work in works:
+            assert work is not None
             work.wait()
 
     def _back(self, gradients: list[Tensor], number: int) -> None:

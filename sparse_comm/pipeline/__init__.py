@@ -7,7 +7,7 @@ from .dense import Dense
 from .ends import CODECS, Description, Ends, check_codec, compare, describe
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
-from .wire import TorchWire, Wire
+from .wire import Incoming, TorchWire, Wire
 from .zeros import Zeros
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Dense",
     "Description",
     "Ends",
+    "Incoming",
     "Keep",
     "Kept",
     "MessageError",

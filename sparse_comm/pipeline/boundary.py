@@ -151,6 +151,11 @@ class Boundary:
         """
         self._outbox.flush()
 
+    def close(self) -> None:
+        """Wait until all that was sent has left, and let the threads end."""
+        self._outbox.close()
+        self._inbox.close()
+
     def forget(self) -> None:
         """Drop what was kept for gradients that will not come, as those of an evaluation."""
         self._kept.clear()

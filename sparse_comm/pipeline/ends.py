@@ -224,7 +224,9 @@ class Ends:
     # ---------------------------------------------------------------- auto
 
     def _decide(self) -> None:
-        for boundary, is_writer in ((self.before, False), (self.behind, True)):
+        """Set the codecs; a boundary over which both ends go dense is the framework's again."""
+        for which, is_writer in (("before", False), ("behind", True)):
+            boundary: Boundary | None = getattr(self, which)
             if boundary is None:
                 continue
             sent, _ = boundary.take_traffic()
@@ -232,18 +234,24 @@ class Ends:
             boundary.codec, why = _better(sent, rate)
             each = max(sent.messages, 1)
             sends = sent.sent if isinstance(boundary.codec, Zeros) else sent.dense
-            mine = f"{boundary.codec.name}, {sends / each:,.0f} of {{:,}} bytes ({why})"
-            theirs = _swap(boundary, f"{sent.dense // each} {mine}")
+            name = boundary.codec.name
+            mine = f"{sent.dense // each} {name}, {sends / each:,.0f} of {{:,}} bytes ({why})"
+            theirs = _swap(boundary, mine)
             if is_writer and self._logs:
-                channels = self.channels[1]
-                ways = {"activations": f"{sent.dense // each} {mine}", "gradients": theirs}
-                said = [_said(way, text, channels) for way, text in ways.items()]
-                planned = f"{channels.why}; " if channels is not None else ""
-                print(
-                    f"sparse_comm: {boundary.name}, a micro-batch: {planned}{'; '.join(said)}; "
-                    f"{rate / 1e6:,.0f} MB/s",
-                    flush=True,
-                )
+                self._log(boundary.name, mine, theirs, rate)
+            if name == "dense" and theirs.split()[1] == "dense,":
+                boundary.close()
+                setattr(self, which, None)
+
+    def _log(self, name: str, activations: str, gradients: str, rate: float) -> None:
+        channels = self.channels[1]
+        planned = f"{channels.why}; " if channels is not None else ""
+        ways = {"activations": activations, "gradients": gradients}
+        said = "; ".join(_said(way, text, channels) for way, text in ways.items())
+        print(
+            f"sparse_comm: {name}, a micro-batch: {planned}{said}; {rate / 1e6:,.0f} MB/s",
+            flush=True,
+        )
 
 
 def _said(way: str, text: str, channels: Channels | None) -> str:

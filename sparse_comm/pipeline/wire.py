@@ -96,11 +96,14 @@ class _Room:
         self.size = max(self.size, -(-nbytes // _ROOM) * _ROOM)
 
 
+_Jobs = queue.SimpleQueue[tuple[futures.Future[Any], Callable[[], Any]] | None]
+
+
 class _Thread:
     """Does one thing after another, and does not keep a process from ending."""
 
     def __init__(self, name: str, is_thread: bool) -> None:
-        self._jobs: queue.SimpleQueue[tuple[futures.Future[Any], Callable[[], Any]]] | None = None
+        self._jobs: _Jobs | None = None
         if is_thread:
             self._jobs = queue.SimpleQueue()
             threading.Thread(target=_work_off, args=(self._jobs,), name=name, daemon=True).start()
@@ -114,10 +117,16 @@ class _Thread:
             self._jobs.put((future, job))
         return future
 
+    def end(self) -> None:
+        """After what it has to do."""
+        if self._jobs is not None:
+            self._jobs.put(None)
 
-def _work_off(jobs: queue.SimpleQueue[tuple[futures.Future[Any], Callable[[], Any]]]) -> None:
-    while True:
-        future, job = jobs.get()
+
+def _work_off(jobs: _Jobs) -> None:
+    while (given := jobs.get()) is not None:
+        future, job = given
+        del given
         try:
             future.set_result(job())
         except BaseException as error:
@@ -159,6 +168,11 @@ class Outbox:
         self._leaving.append(self._thread.do(lambda: self._wait_for(0)))
         while self._leaving:
             self._leaving.popleft().result()
+
+    def close(self) -> None:
+        """Flush, and send nothing any more."""
+        self.flush()
+        self._thread.end()
 
     def _send(self, message: Tensor) -> None:
         parts = [message]
@@ -214,6 +228,11 @@ class Inbox:
         self._read = read
         self._asked: deque[Incoming] = deque()  # where nothing is done in threads
         self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Receive nothing any more; nothing is asked for that has not come."""
+        self._receiving.end()
+        self._reading.end()
 
     def ask(self) -> Incoming:
         """One more message may come; the n-th that is asked for is the n-th that was sent."""
