@@ -29,7 +29,7 @@ from sparse_comm.pipeline import (
 
 from .modules import ax, config, mpi
 from .start import State
-from .transport import MPITransport, in_memory
+from .transport import Awaited, MPITransport, TorchTransport, in_memory
 
 __all__ = ["Posted", "Sends", "make_sends"]
 
@@ -141,15 +141,17 @@ class Posted:
     take: Callable[[], Tensor]
 
     def in_thread(self) -> futures.Future[Any]:
-        """Done when it has come."""
-        if isinstance(self.request, Incoming):
-            return self.request.future
-        found: futures.Future[Any] = self.request.in_thread()
-        return found
+        """Done when it has come, or its first part."""
+        waits: Awaited = self.request.message if self._is_packed else self.request
+        return waits.in_thread()
 
     def of_mpi(self) -> Any:
         """MPI's request."""
-        return self.request.request.request if isinstance(self.request, Incoming) else self.request
+        return self.request.message.request if self._is_packed else self.request
+
+    @property
+    def _is_packed(self) -> bool:
+        return isinstance(self.request, Incoming)
 
 
 def _only(tensors: list[Tensor | None]) -> Tensor:
@@ -205,19 +207,27 @@ def _boundary(
         wires = [_MPIWire(other, out), _MPIWire(other, back)]
     else:
         rank = dist.get_process_group_ranks(state.pipeline)[other]
-        wires = [TorchWire(state.pipeline, rank, out), TorchWire(state.pipeline, rank, back)]
+        wires = [TorchWire(state.pipeline, rank, out), _TorchWire(state, other, rank, back)]
     chosen = codec if not isinstance(codec, str) else Zeros()
     name = f"stages {first} and {first + 1}"
     return Boundary(name, chosen, *wires, writes=other > index, checksum=checksum)
 
 
+class _TorchWire(TorchWire):
+    """torch.distributed's, whose messages may be waited for in a thread of the transport."""
+
+    def __init__(self, state: State, stage: int, rank: int, tag: int) -> None:
+        super().__init__(state.pipeline, rank, tag)
+        assert isinstance(state.transport, TorchTransport)
+        self._transport, self._stage = state.transport, stage
+
+    def receive(self, tensor: Tensor) -> Awaited:
+        """See sparse_comm.pipeline.Wire."""
+        return self._transport.awaited(super().receive(tensor), self._stage)
+
+
 class _MPIWire:
-    """MPI's messages, over AxoNN's communicator of the pipeline.
-
-    Not in threads: those would keep a core busy while they wait.
-    """
-
-    in_threads = False
+    """MPI's messages, over AxoNN's communicator of the pipeline."""
 
     def __init__(self, stage: int, tag: int) -> None:
         self._stage, self._tag = stage, tag & 0x7FFF  # MPI promises no larger tags
@@ -239,3 +249,6 @@ class _MPIMessage:
 
     def wait(self) -> None:
         self.request.Wait()
+
+    def is_completed(self) -> bool:
+        return bool(self.request.Test())

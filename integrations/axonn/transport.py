@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .modules import ax, mpi
 
-__all__ = ["MPITransport", "Request", "TorchTransport", "Transport", "in_memory"]
+__all__ = ["Awaited", "MPITransport", "Request", "TorchTransport", "Transport", "in_memory"]
 
 
 class Request(Protocol):
@@ -97,10 +97,13 @@ class TorchTransport:
 
     def receive(self, tensor: Tensor, stage: int) -> Request:
         """See Transport."""
-        work = dist.irecv(tensor, self._ranks[stage], group=self._group)
+        return self.awaited(dist.irecv(tensor, self._ranks[stage], group=self._group), stage)
+
+    def awaited(self, work: Any, stage: int) -> Awaited:
+        """A message from a stage, for which this transport's thread may wait."""
         if stage not in self._threads:
             self._threads[stage] = _thread("receive", stage)
-        return _Awaited(work, self._threads[stage])
+        return Awaited(work, self._threads[stage])
 
     def first(self, requests: Sequence[Any]) -> int:
         """See Transport."""
@@ -113,7 +116,7 @@ class TorchTransport:
         return number
 
 
-class _Awaited:
+class Awaited:
     """A message that is to come."""
 
     __slots__ = ("_future", "_thread", "_work")
@@ -133,6 +136,8 @@ class _Awaited:
 
     def Test(self) -> bool:
         return self.in_thread().done()
+
+    wait, is_completed = Wait, Test  # torch.distributed's names
 
 
 class _Leaving:

@@ -6,7 +6,6 @@ what a codec wants to know of a micro-batch from its activation to its gradient.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,34 +73,31 @@ class Boundary:
     ) -> None:
         self.name, self.codec, self._writes, self._checksum = name, codec, writes, checksum
         self._outbox = Outbox(out, f"send-{name}")
-        self._inbox = Inbox(back, f"receive-{name}", self._read)
+        self._inbox = Inbox(back, self._read)
         self._coming: dict[int, Incoming] = {}
         self._kept: dict[int, list[Kept | None]] = {}
-        self._lock = threading.Lock()  # of the following
         self._sent, self._received = Traffic(), Traffic()
 
     def send(self, tensors: Sequence[Tensor | None], number: int) -> None:
-        """Send the tensors of a micro-batch, which must not be written to until ``flush``.
+        """Send the tensors of a micro-batch; they may be written to afterwards.
 
         Gradients answer what was received under the same number.
 
         Raises:
             Exception: what an earlier one met.
         """
-        given, codec = list(tensors), self.codec
-        self._outbox.put(lambda: self._make(given, number, codec))
-
-    def _make(self, tensors: list[Tensor | None], number: int, codec: Codec) -> Tensor:
         with span("encode", "pipeline"):
             start = time.perf_counter()
             kept = None if self._writes else self._kept.pop(number, None)
-            message, mine = encode(tensors, codec, kept, number=number, checksum=self._checksum)
+            message, mine = encode(
+                tensors, self.codec, kept, number=number, checksum=self._checksum
+            )
             if self._writes:
                 self._kept[number] = mine
             seconds = time.perf_counter() - start
-        with self._lock:
-            self._sent.add(tensors, message, seconds)
-        return message
+        self._sent.add(tensors, message, seconds)
+        with span("send", "pipeline"):
+            self._outbox.put(message)
 
     def expect(self, number: int) -> Incoming:
         """Let the tensors of a micro-batch come; to be called in the order of sending."""
@@ -139,8 +135,7 @@ class Boundary:
             if not self._writes:
                 self._kept[number] = theirs
             seconds = time.perf_counter() - start
-        with self._lock:
-            self._received.add(tensors, message, seconds)
+        self._received.add(tensors, message, seconds)
         return tensors, number
 
     def flush(self) -> None:
@@ -151,18 +146,12 @@ class Boundary:
         """
         self._outbox.flush()
 
-    def close(self) -> None:
-        """Wait until all that was sent has left, and let the threads end."""
-        self._outbox.close()
-        self._inbox.close()
-
     def forget(self) -> None:
         """Drop what was kept for gradients that will not come, as those of an evaluation."""
         self._kept.clear()
 
     def take_traffic(self) -> tuple[Traffic, Traffic]:
         """What was sent and what was received since the last time."""
-        with self._lock:
-            taken = self._sent, self._received
-            self._sent, self._received = Traffic(), Traffic()
+        taken = self._sent, self._received
+        self._sent, self._received = Traffic(), Traffic()
         return taken

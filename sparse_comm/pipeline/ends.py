@@ -240,7 +240,7 @@ class Ends:
             if is_writer and self._logs:
                 self._log(boundary.name, mine, theirs, rate)
             if name == "dense" and theirs.split()[1] == "dense,":
-                boundary.close()
+                boundary.flush()
                 setattr(self, which, None)
 
     def _log(self, name: str, activations: str, gradients: str, rate: float) -> None:
