@@ -10,6 +10,9 @@ transient ones.
 
 AxoNN: on grids of pipeline stages and replicas, AxoNN's own reduction of gradients, buckets without
 and with overlap, and compact training; with the phases of a step, as in SAMO's Figure 8.
+
+--pipeline compares sends between the stages of torch's pipelines instead: dense, with each codec of
+sparse_comm, and with what users would pick, of image networks and GPTs.
 """
 
 import argparse
@@ -17,13 +20,16 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib import deepspeed_run, results
+from lib import deepspeed_run, pipeline_compare, results
 from lib.axonn_compare import AXONN
 from lib.axonn_report import grid
 from lib.bench import LOOPBACK, check_links
 from lib.compare_run import Plan, compare
 from lib.deepspeed_compare import DEEPSPEED
+from lib.images import NoImages
+from lib.netns import LinkUnavailable
 from lib.pair import UNTIMED
+from lib.pipeline_models import MODELS
 
 FRAMEWORKS = {framework.package: framework for framework in (DEEPSPEED, AXONN)}
 GRIDS = ("1x2", "2x1", "2x2")
@@ -33,6 +39,8 @@ LINKS = ("1gbit", LOOPBACK)
 
 def main() -> int:
     options = parse_arguments()
+    if options.pipeline:
+        return compare_sends(options)
     framework = FRAMEWORKS[options.framework]
     sections = list(dict.fromkeys(options.grids if framework is AXONN else sorted(options.stages)))
     size = (framework.quick if options.quick else framework.full) | {"seed": options.seed}
@@ -43,18 +51,49 @@ def main() -> int:
     return compare(framework, Plan(sections, links, size, out, "compare", not options.quick))
 
 
+def compare_sends(options: argparse.Namespace) -> int:
+    size = (pipeline_compare.QUICK if options.quick else pipeline_compare.FULL) | {
+        "seed": options.seed
+    }
+    if options.steps:
+        size |= {"steps": options.steps}
+    every = pipeline_compare.QUICK_SECTIONS if options.quick else pipeline_compare.SECTIONS
+    sections = [s for s in every if not options.models or s[0] in options.models]
+    out = options.out or results.FOLDER / "pipeline"
+    links = list(dict.fromkeys(options.links))
+    try:
+        return pipeline_compare.compare(
+            pipeline_compare.Plan(sections, links, size, out, not options.quick)
+        )
+    except (LinkUnavailable, NoImages) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Writes compare.md, compare.json and compare.png. Takes some 15 minutes on two "
-        "cores, and 4 GB of memory (AxoNN: 8).",
+        epilog="Writes compare.md, compare.json and compare.png (--pipeline: pipeline.…). Takes "
+        "some 15 minutes on two cores, and 4 GB of memory (AxoNN: 8).",
     )
     parser.add_argument(
         "--framework",
         choices=FRAMEWORKS,
         default=DEEPSPEED.package,
         help="that trains (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="compare sends between the stages of torch's pipelines",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        metavar="MODEL",
+        help=f"of --pipeline: {', '.join(map(repr, MODELS))} (default: all)",
     )
     parser.add_argument(
         "--stages",
@@ -100,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
         help="folder for the results (default: the framework's in results of the checkout)",
     )
     options = parser.parse_args()
-    check_machine(parser, options.framework)
+    check_machine(parser, None if options.pipeline else options.framework)
     check_links(parser, options.links)
     if options.steps is not None and options.steps < UNTIMED + 2:
         parser.error(
@@ -110,13 +149,13 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def check_machine(parser: argparse.ArgumentParser, framework: str) -> None:
+def check_machine(parser: argparse.ArgumentParser, framework: str | None) -> None:
     """Refuse what cannot work before any process starts."""
     if sys.platform != "linux":
         parser.error(f"this script needs Linux; this is {sys.platform}")
     if framework == DEEPSPEED.package:
         deepspeed_run.prepare(parser)
-    elif find_spec(framework) is None:
+    elif framework is not None and find_spec(framework) is None:
         parser.error("AxoNN is not installed here: run bash scripts/setup_env.sh axonn")
 
 

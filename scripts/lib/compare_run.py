@@ -81,7 +81,7 @@ def compare(framework: Framework, plan: Plan) -> int:
 
 def _run_all(framework: Framework, plan: Plan, notes: list[str], console: Console) -> list:
     """All rows; adds to the notes what a reader needs to know about them."""
-    links = _possible(plan.links, notes, console)
+    links = possible_links(plan.links, notes, console)
     rows: list = []
     counters: dict[str, list[str]] = {}
     with (
@@ -110,7 +110,7 @@ def _run_all(framework: Framework, plan: Plan, notes: list[str], console: Consol
     return rows
 
 
-def _possible(links: Sequence[str], notes: list[str], console: Console) -> list[str]:
+def possible_links(links: Sequence[str], notes: list[str], console: Console) -> list[str]:
     """Those of the links that this machine can make; LinkUnavailable if it can make none."""
     found = []
     missing: LinkUnavailable | None = None

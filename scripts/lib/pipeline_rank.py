@@ -82,17 +82,12 @@ class Side:
         self.seconds: list[float] = []
         self.sent: list[float] = []
         self.alone: list[float] = []
-        self.traffic = [0.0, 0.0]
+        self.traffic = {"forward": (0.0, 0.0), "back": (0.0, 0.0)}
         self.loss, self.accuracy = 0.0, 0.0
 
     @property
     def is_last(self) -> bool:
         return self.rank == self.count - 1
-
-    @property
-    def boundaries(self) -> list[Any]:
-        found = [self._end(which) for which in ("before", "behind")]
-        return [boundary for boundary in found if boundary is not None]
 
     def autocast(self) -> Any:
         if self.job["dtype"] == "fp32":
@@ -135,13 +130,14 @@ class Side:
         return seconds
 
     def count_traffic(self) -> None:
-        """Bytes that went over this rank's boundaries, dense and as they were sent."""
-        for boundary in self.boundaries:
+        """Bytes of a step over this rank's boundaries, dense and as they were sent."""
+        for which, way in (("behind", "forward"), ("before", "back")):
+            if (boundary := self._end(which)) is None:
+                continue
             sent, _ = boundary.take_traffic()
             if sent.messages:
-                count = self.job["micro_batches"] / sent.messages  # a step's
-                self.traffic[0] += sent.dense * count
-                self.traffic[1] += sent.sent * count
+                count = self.job["micro_batches"] / sent.messages
+                self.traffic[way] = (sent.dense * count, sent.sent * count)
 
     def evaluate(self, data: Data) -> None:
         """Mean loss and accuracy on data that training never saw."""

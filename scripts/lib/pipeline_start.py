@@ -18,7 +18,7 @@ from .text import standard_library_text
 LEARNING_RATE = 2e-3
 CHANNELS = 0.5  # of the channels are pruned
 SPARSITY = 0.9  # of the entries, those of pruned channels included
-_WARM_BATCH = 64
+_WARM_BATCH = {True: 64, False: 16}  # images, texts
 
 
 class Data:
@@ -56,7 +56,7 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
         if step == job["warm_up"] // 2:  # the rest without what is pruned
             masks = pruned(whole, job["model"])
             sparse_comm.compact(whole, masks, optimizer=optimizer)
-        x, y = data.batch(step, _WARM_BATCH)
+        x, y = data.batch(step, _WARM_BATCH[data.is_images])
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out, at_the_cut = _forward(whole, x, model.cuts[2][0])
