@@ -25,6 +25,7 @@ from sparse_comm.pipeline import (
     Zeros,
     compare,
     describe,
+    has_messages,
 )
 
 from .modules import ax, config, mpi
@@ -175,17 +176,13 @@ def make_sends(
     index = config.inter_layer_parallel_rank
 
     def described() -> Any:
-        if codec not in ("auto", "channels", "dense") and state.device != "cpu":
-            raise ValueError(
-                "pipeline_codec='zeros' works on CPUs; on GPUs there are 'channels' and 'dense', "
-                "and 'auto' is 'channels' there"
-            )
+        has_messages(codec, state.device)
         return describe(index, model, codec, None, checksum)
 
     description = on_all_ranks(described)
     planned = compare(gather(description))
     before = behind = None
-    if codec not in ("dense", "channels") and state.device == "cpu":
+    if has_messages(codec, state.device):
         before = _boundary(state, index, index - 1, codec, checksum)
         behind = _boundary(state, index, index + 1, codec, checksum)
     logs = config.data_parallel_rank == 0 and config.intra_layer_parallel_rank == 0

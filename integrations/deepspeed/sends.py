@@ -25,6 +25,7 @@ from sparse_comm.pipeline import (
     Zeros,
     compare,
     describe,
+    has_messages,
 )
 
 from .refuse import check_version
@@ -80,6 +81,7 @@ def pack_sends(
                 "activations are partitioned over tensor-parallel ranks ('pipe_partitioned' of "
                 "the config's 'pipeline'), of which pipeline_codec knows 'dense' only"
             )
+        has_messages(pipeline_codec, engine.device, dist.get_backend())
         return describe(engine.stage_id, engine.module, pipeline_codec, masks, checksum)
 
     description = on_all_ranks(mine)
@@ -110,7 +112,7 @@ class _Sends:
         masks: Mapping[str, Tensor] | None,
     ) -> None:
         before = behind = None
-        if codec != "channels":
+        if has_messages(codec, engine.device, dist.get_backend()):
             before = _boundary(engine, engine.stage_id - 1, codec, description.checksum)
             behind = _boundary(engine, engine.stage_id + 1, codec, description.checksum)
         logs = engine.grid.get_data_parallel_rank() == 0

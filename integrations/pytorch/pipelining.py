@@ -15,7 +15,16 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_comm.mask_sync import gather, on_all_ranks
-from sparse_comm.pipeline import Boundary, Codec, Ends, TorchWire, Zeros, compare, describe
+from sparse_comm.pipeline import (
+    Boundary,
+    Codec,
+    Ends,
+    TorchWire,
+    Zeros,
+    compare,
+    describe,
+    has_messages,
+)
 
 __all__ = ["pack_sends"]
 
@@ -49,8 +58,8 @@ def pack_sends(
         checksum: whether messages carry one, at some 0.5 ms a MB.
 
     Raises:
-        ValueError: on all ranks: an unknown codec; stages with different codecs; a group that is
-            not gloo's, but for "channels" and "dense".
+        ValueError: on all ranks: an unknown codec; stages with different codecs; "zeros" where
+            stages are not on CPUs, or the group is not gloo's.
 
     Source: ours.
     """
@@ -61,6 +70,8 @@ def pack_sends(
     def mine() -> list[Any]:
         if len(of_each) != len(given):
             raise ValueError(f"{len(of_each)} mappings of masks for {len(given)} stages")
+        for stage in given:
+            has_messages(pipeline_codec, stage.device, dist.get_backend(group))
         return [
             describe(stage.stage_index, _module(stage), pipeline_codec, of_stage, checksum)
             for stage, of_stage in zip(given, of_each, strict=True)
@@ -109,7 +120,7 @@ class _Plan:
         if self._ends is None:
             index = self.stage.stage_index
             before = behind = None
-            if self.codec != "channels":
+            if has_messages(self.codec, self.stage.device, dist.get_backend(self.stage.group)):
                 before, behind = self._boundary(index - 1, index), self._boundary(index + 1, index)
             self._ends = Ends(*self._arguments, before, behind)
         return self._ends

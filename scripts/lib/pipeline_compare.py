@@ -31,7 +31,7 @@ SECTIONS: tuple[Section, ...] = (
     (PLAIN, 3, "bf16"),
 )
 QUICK_SECTIONS: tuple[Section, ...] = ((WIDE_STEM, 2, "bf16"), (PLAIN, 2, "bf16"))
-FULL = {"warm_up": 240, "steps": 22, "micro_batches": 8, "evaluations": 8}
+FULL = {"warm_up": 240, "steps": 32, "micro_batches": 8, "evaluations": 8}
 QUICK = {"warm_up": 8, "steps": 6, "micro_batches": 4, "evaluations": 1}
 NAME = "pipeline"
 
@@ -141,14 +141,14 @@ def _about(plan: Plan) -> list[str]:
         f"are. {NOTHING}: messages without values, which train nothing: what a step takes if "
         "sends cost nothing. In bold what pipeline_codec offers.",
         "MB of activations and of gradients: of a step's messages over all boundaries; '0.00' "
-        "where the framework sends them itself. MB sent: by the counter of a rank's interface, mean over "
-        "ranks. alone: an activation of one micro-batch to the next stage and its gradient back, "
-        "with encoding and decoding, nothing else going on. exposed: the step, less one without "
-        "sends.",
+        "where the framework sends them itself. MB sent: by the counter of a rank's interface, "
+        "mean over ranks. alone: an activation of one micro-batch to the next stage and its "
+        "gradient back, with encoding and decoding, nothing else going on. exposed: the step, less "
+        "one without sends.",
         f"Steps of one side come in blocks of {BLOCK}, in an order that changes from block to "
         f"block; the first {UNTIMED} of a block are not timed. Medians with 95 % bootstrap "
         "intervals; ratios are of medians, resampled in pairs of equal batches.",
-        "held-out loss and accuracy (of classes, or of bytes) after the last step. largest |Δloss|: "
-        "over all steps, against torch's own sends; where it should be 0 and is not the script "
-        "fails.",
+        "held-out loss and accuracy (of classes, or of bytes) after the last step. largest "
+        "|Δloss|: over all steps, against torch's own sends; where it is to be 0 and is not, the "
+        "script fails.",
     ]

@@ -40,6 +40,8 @@ def main(workdir: Path, rank: int, arguments: list[str]) -> dict:
     for side in sides:
         side.count_traffic()
         side.evaluate(data)
+        for boundary in filter(None, (side._end("before"), side._end("behind"))):
+            boundary.take_traffic()
         side.send_alone(data)
     facts = {"sides": [side.facts() for side in sides]}
     leave()
@@ -84,10 +86,18 @@ class Side:
         self.alone: list[float] = []
         self.traffic = {"forward": (0.0, 0.0), "back": (0.0, 0.0)}
         self.loss, self.accuracy = 0.0, 0.0
+        self.nonzero, self.share = 1.0, {"forward": 0.0, "back": 0.0}
 
     @property
     def is_last(self) -> bool:
         return self.rank == self.count - 1
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the channels that are sent over the boundary behind this stage."""
+        plan = getattr(self.stage, "_sparse_comm", None)
+        channels = None if plan is None else plan.ends.channels[1]
+        return 1.0 if channels is None else channels.density
 
     def autocast(self) -> Any:
         if self.job["dtype"] == "fp32":
@@ -173,6 +183,13 @@ class Side:
             if repeat:
                 self.alone.append(time.perf_counter() - start)
         dist.barrier()
+        if self.rank == writer:
+            entries = sum(tensor.numel() for tensor in tensors)
+            self.nonzero = sum(int(tensor.count_nonzero()) for tensor in tensors) / entries
+        for way, end in (("forward", "behind"), ("back", "before")):
+            if boundary := self._end(end):
+                sent, _ = boundary.take_traffic()
+                self.share[way] = sent.sent / sent.dense if sent.messages else 0.0
 
     def _boundary_tensors(self, data: Data) -> tuple[tuple[Tensor, ...], list[Any]]:
         """What goes over the last boundary, with its graph; its shapes and dtypes on both sides."""
@@ -224,6 +241,9 @@ class Side:
             "bytes": self.sent,
             "alone": self.alone,
             "traffic": self.traffic,
+            "kept": self.kept,
+            "nonzero": self.nonzero,
+            "share": self.share,
             "loss": self.loss,
             "accuracy": self.accuracy,
         }

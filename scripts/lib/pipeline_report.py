@@ -7,7 +7,7 @@ from statistics import fmean
 
 from . import bench, results
 from .bench import Estimate, link_name
-from .pipeline_kinds import AUTO, DENSE, EXACT, NOTHING, OURS, SAME_WAY, ZEROS
+from .pipeline_kinds import AUTO, CHANNELS, DENSE, EXACT, NOTHING, OURS, SAME_WAY, ZEROS
 from .pipeline_models import PLAIN, WIDE_STEM
 from .verdict import Verdict
 
@@ -15,6 +15,7 @@ SEND_TARGET = 3.5  # times as fast as dense in bf16, alone
 STEP_TARGET = 2.0  # times as fast
 AUTO_TARGET = 1.02  # times dense, where nothing can be left out
 CHANNELS_TARGET = 1.01  # times the kept fraction
+MARGIN = 0.005  # of dense, for headers
 TIME_LINK = "1gbit"  # that the targets of times are for
 
 Section = tuple[str, int, str]  # model, stages, dtype
@@ -40,6 +41,9 @@ class Row:
     accuracy: float
     difference: float  # largest between two losses, against dense sends
     zeros: list[float]  # of the tensors at the cut
+    kept: float  # fraction of the channels that go over the last boundary
+    nonzero: float  # fraction of what goes over it that is not zero
+    share: list[float]  # bytes of a message over it, of dense: activations, gradients
     losses: list[float] = field(repr=False)
     seconds: list[float] = field(repr=False)
 
@@ -94,6 +98,9 @@ def rows_of(link: str, section: Section, ranks: Sequence[dict], zeros: list[floa
                 own[-1]["accuracy"],
                 max(abs(a - b) for a, b in zip(losses[kind], losses[DENSE], strict=True)),
                 zeros,
+                own[-2]["kept"],
+                own[-2]["nonzero"],
+                [own[-2]["share"]["forward"], own[-1]["share"]["back"]],
                 losses[kind],
                 seconds[kind],
             )
@@ -132,22 +139,28 @@ def verdicts(rows: Sequence[Row], judge_times: bool) -> list[Verdict]:
 
 
 def _of_bytes(where: str, found: dict[str, Row]) -> list[Verdict]:
-    zeros = found[ZEROS]
-    if len(zeros.zeros) > 1 or zeros.section[1] > 2 or zeros.forward >= zeros.dense:
-        return []
-    nonzero = zeros.forward / zeros.dense
-    back = zeros.back / zeros.dense
-    itemsize = 4 if zeros.section[2] == "fp32" else 2
-    most = nonzero - 1 / (8 * itemsize) + 0.005
-    return [
-        Verdict(
-            where,
-            "bytes of gradients with the bitmap reused, over dense",
-            f"{back:.4f}",
-            f"at most those of activations less their bitmap, and 0.5 %: {most:.4f}",
-            back <= most,
-        )
-    ]
+    zeros, channels, dense = found[ZEROS], found[CHANNELS], found[DENSE]
+    judged = []
+    if zeros.share[0] < 1:
+        most = zeros.nonzero + 1 / (8 * (4 if zeros.section[2] == "fp32" else 2)) + MARGIN
+        texts = [("activations, their bits included", zeros.share[0], most)]
+        if zeros.share[1] < zeros.share[0]:  # else not all that is sent has a ReLU behind it
+            texts.append(("gradients, by the same bits", zeros.share[1], zeros.nonzero + MARGIN))
+        judged = [
+            Verdict(
+                where,
+                f"{ZEROS}: bytes of {what}, over dense; {zeros.nonzero:.4f} are not zero",
+                f"{share:.4f}",
+                f"at most {limit:.4f}",
+                share <= limit,
+            )
+            for what, share, limit in texts
+        ]
+    if channels.kept < 1 and channels.sent and dense.sent and channels.section[1] == 2:
+        share, most = channels.sent / dense.sent, CHANNELS_TARGET * channels.kept
+        text = f"{CHANNELS}: bytes sent over dense; {channels.kept:.4f} of the channels are kept"
+        judged.append(Verdict(where, text, f"{share:.4f}", f"at most {most:.4f}", share <= most))
+    return judged
 
 
 def _of_times(where: str, found: dict[str, Row], section: Section) -> list[Verdict]:

@@ -4,7 +4,7 @@ from .boundary import Boundary, Traffic
 from .channels import Channels, Keep, Restore, insert, plan_channels
 from .codec import Codec, Kept, MessageError
 from .dense import Dense
-from .ends import CODECS, Description, Ends, check_codec, compare, describe
+from .ends import CODECS, Description, Ends, check_codec, compare, describe, has_messages
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
 from .wire import Incoming, TorchWire, Wire
@@ -33,6 +33,7 @@ __all__ = [
     "decode",
     "describe",
     "encode",
+    "has_messages",
     "insert",
     "layers_of",
     "plan_channels",

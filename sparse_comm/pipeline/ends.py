@@ -26,7 +26,7 @@ from .dense import Dense
 from .layers import Side
 from .zeros import Zeros
 
-__all__ = ["CODECS", "Description", "Ends", "check_codec", "compare", "describe"]
+__all__ = ["CODECS", "Description", "Ends", "check_codec", "compare", "describe", "has_messages"]
 
 CODECS = ("auto", "channels", "dense", "zeros")
 _PING = (1 << 32) - 1  # the number of no micro-batch
@@ -63,6 +63,32 @@ def check_codec(codec: str | Codec) -> None:
         raise ValueError(
             f"pipeline_codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}"
         )
+
+
+def has_messages(codec: str | Codec, device: torch.device | str, backend: str = "gloo") -> bool:
+    """Whether a codec has messages of its own, in place of the framework's.
+
+    Args:
+        codec: that was asked for.
+        device: of the stage.
+        backend: of the process group, of which CPU tensors are sent.
+
+    Raises:
+        ValueError: it needs them, and they cannot be had. ("auto" can do without.)
+    """
+    if codec in ("dense", "channels"):
+        return False
+    kind = torch.device(device).type
+    if kind == "cpu" and backend == "gloo":
+        return True
+    if codec == "auto":
+        return False
+    name = codec if isinstance(codec, str) else codec.name
+    raise ValueError(
+        f"pipeline_codec={name!r} sends messages of changing size, which needs stages on CPUs and "
+        f"gloo; here are {kind} and {backend}: 'channels' and 'dense' work, and 'auto' is "
+        "'channels' then"
+    )
 
 
 def describe(

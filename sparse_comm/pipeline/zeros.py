@@ -84,7 +84,7 @@ class Zeros:
                 f"a message has {data.numel() - start} bytes of values and says it has {nnz} of "
                 f"{dtype}; its bitmap has {pattern.nnz} bits set"
             )
-        tensor = expand(data[start:].view(dtype), pattern)
+        tensor = expand(data[start:].view(dtype), pattern, out=torch.empty(shape, dtype=dtype))
         keeps = Kept(pattern, bool(flags & _GUARDS)) if flags & _KEEPS else None
         return tensor, keeps
 
