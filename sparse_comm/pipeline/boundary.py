@@ -131,7 +131,7 @@ class Boundary:
             start = time.perf_counter()
             number = read_header(message).number
             kept = self._kept.pop(number, None) if self._writes else None
-            tensors, theirs = decode(message, kept, codec=self.codec)
+            tensors, theirs = decode(message, kept, codec=self.codec, checksum=self._checksum)
             if not self._writes:
                 self._kept[number] = theirs
             seconds = time.perf_counter() - start

@@ -160,6 +160,7 @@ def decode(
     *,
     codec: Codec | None = None,
     number: int | None = None,
+    checksum: bool = False,
 ) -> tuple[list[Tensor | None], list[Kept | None]]:
     """Read the tensors of a message.
 
@@ -168,6 +169,7 @@ def decode(
         kept: of gradients: what ``encode`` gave of the tensors whose gradients they are.
         codec: the writer's, if it is none of this package.
         number: that the message must have.
+        checksum: whether it must have one.
 
     Returns:
         The tensors, and what ``encode`` of their gradients needs.
@@ -183,6 +185,8 @@ def decode(
         raise MessageError(
             f"the message has {message.numel()} bytes, its header says {header.nbytes}"
         )
+    if checksum and header.checksum is None:
+        raise MessageError("the message has no checksum, which it should have")
     if header.checksum is not None and (found := _checksum(message)) != header.checksum:
         raise MessageError(f"the message's checksum is {found:08x}, it says {header.checksum:08x}")
     if message[-_TAIL.size :].numpy().tobytes() != _TAIL.pack(header.number, _MAGIC):

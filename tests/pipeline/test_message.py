@@ -284,7 +284,7 @@ def test_no_damage_goes_unnoticed_with_a_checksum(of, data):
     at = data.draw(st.integers(0, message.numel() - 1))
     message[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(MessageError):
-        decode(message, mine)
+        decode(message, mine, checksum=True)
 
 
 @settings(max_examples=150, deadline=None)
