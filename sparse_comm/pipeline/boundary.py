@@ -77,6 +77,12 @@ class Boundary:
         self._coming: dict[int, Incoming] = {}
         self._kept: dict[int, list[Kept | None]] = {}
         self._sent, self._received = Traffic(), Traffic()
+        self._has_sent, self._has_received = False, False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether something has gone both ways."""
+        return self._has_sent and self._has_received
 
     def send(self, tensors: Sequence[Tensor | None], number: int) -> None:
         """Send the tensors of a micro-batch; they may be written to afterwards.
@@ -96,6 +102,7 @@ class Boundary:
                 self._kept[number] = mine
             seconds = time.perf_counter() - start
         self._sent.add(tensors, message, seconds)
+        self._has_sent = True
         with span("send", "pipeline"):
             self._outbox.put(message)
 
@@ -136,6 +143,7 @@ class Boundary:
                 self._kept[number] = theirs
             seconds = time.perf_counter() - start
         self._received.add(tensors, message, seconds)
+        self._has_received = True
         return tensors, number
 
     def flush(self) -> None:

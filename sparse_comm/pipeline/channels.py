@@ -1,4 +1,4 @@
-"""The codec of channels that nobody reads, or that are always the same: they are not sent.
+"""The codec of channels that nobody reads, or that are always zero: they are not sent.
 
 A pair of modules does it, ``Keep`` at the end of one stage and ``Restore`` at the beginning of the
 next: sizes are known beforehand, so no framework notices. Gradients of the channels left out are
@@ -27,21 +27,19 @@ class Channels:
     Attributes:
         dim: that of the channels.
         kept: their numbers, ascending: int64, 1-D.
-        fill: 1-D, by channel: what stands where nothing is sent. float64.
         unread: 1-D, bool, by channel: whether the next stage never reads it.
         why: for the log.
     """
 
     dim: int
     kept: Tensor
-    fill: Tensor
     unread: Tensor
     why: str
 
     @property
     def count(self) -> int:
         """Of all channels."""
-        return self.fill.numel()
+        return self.unread.numel()
 
     @property
     def density(self) -> float:
@@ -82,10 +80,7 @@ class Restore(nn.Module):
         _check(x, channels.dim, channels.kept.numel(), "the message has")
         shape = list(x.shape)
         shape[channels.dim] = channels.count
-        tail = [1] * (len(shape) - 1 - channels.dim % len(shape))
-        fill = channels.fill.to(x.device, x.dtype).reshape(-1, *tail)
-        whole = fill.expand(shape).contiguous()
-        return whole.index_copy(channels.dim, channels.kept.to(x.device), x)
+        return x.new_zeros(shape).index_copy(channels.dim, channels.kept.to(x.device), x)
 
 
 def _check(x: Tensor, dim: int, count: int, what: str) -> None:
@@ -130,11 +125,8 @@ def plan_channels(writer: Side | None, reader: Side | None) -> Channels | None:
     kept = sent.nonzero().flatten()
     if kept.numel() == 0:
         kept = torch.zeros(1, dtype=torch.int64)  # no framework sends empty tensors
-    fill = torch.zeros(sent.numel(), dtype=torch.float64)
-    if writer is not None:
-        fill[~needed[0]] = writer.constant
     unread = torch.zeros_like(sent) if reader is None else ~needed[-1]
-    return Channels(dim, kept, fill, unread, " and ".join(reasons))
+    return Channels(dim, kept, unread, " and ".join(reasons))
 
 
 def _features_of_each(writer: Side, reader: Side) -> int:
@@ -173,12 +165,12 @@ def insert(
 class _Before(OURS):
     def __init__(self, module: Restore) -> None:
         self.module = module
-        self._is_probed = False
+        self._probed: set[bool] = set()  # in training, in evaluation
 
     def __call__(self, stage: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         given = args[0] if isinstance(args[0], tuple) else args  # DeepSpeed gives a tuple
-        if not self._is_probed and bool(given[0].isfinite().all()):
-            self._is_probed = True
+        if stage.training not in self._probed and bool(given[0].isfinite().all()):
+            self._probed.add(stage.training)
             probe_reader(stage, self.module, given[0].detach())
         restored = (self.module(given[0]), *given[1:])
         return restored if given is args else (restored, *args[1:])
@@ -187,13 +179,13 @@ class _Before(OURS):
 class _Behind(OURS):
     def __init__(self, module: Keep) -> None:
         self.module = module
-        self._is_probed = False
+        self._probed: set[bool] = set()
 
     def __call__(self, stage: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         several = isinstance(output, tuple)
         first = output[0] if several else output
-        if not self._is_probed and bool(first.isfinite().all()):
-            self._is_probed = True
+        if stage.training not in self._probed and bool(first.isfinite().all()):
+            self._probed.add(stage.training)
             probe_writer(self.module.channels, first.detach())
         kept = self.module(first)
         return (kept, *output[1:]) if several else kept
@@ -205,14 +197,12 @@ def probe_writer(channels: Channels, output: Tensor) -> None:
     Raises:
         RuntimeError: it is not: weights that the masks prune are not zero, say.
     """
-    constant = torch.ones(channels.count, dtype=torch.bool)
-    constant[channels.kept] = False
-    left_out = (constant & ~channels.unread).nonzero().flatten()
-    found = output.index_select(channels.dim, left_out.to(output.device))
-    expected = channels.fill[left_out].to(output.device, output.dtype)
-    if not bool((found.movedim(channels.dim, -1) == expected).all()):
+    dropped = torch.ones(channels.count, dtype=torch.bool)
+    dropped[channels.kept] = False
+    left_out = (dropped & ~channels.unread).nonzero().flatten()
+    if bool(output.index_select(channels.dim, left_out.to(output.device)).any()):
         raise RuntimeError(
-            "a stage writes to channels that its masks make constant: the weights and biases that "
+            "a stage writes to channels that its masks make zero: the weights and biases that "
             f"they prune must be zero ({channels.why})"
         )
 
@@ -241,7 +231,7 @@ def _passes(stage: nn.Module, restore: Restore, sent: Tensor, noise: bool) -> li
     """Output and gradients of the layers up to the one that reads the boundary."""
     channels = restore.channels
     head = nn.Sequential(*_head(stage))
-    with torch.enable_grad(), torch.random.fork_rng():
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         x = sent.clone().requires_grad_()
         whole = restore(x)

@@ -108,7 +108,7 @@ def describe(
         checksum: whether messages have one.
 
     Raises:
-        ValueError: an unknown codec; "channels" where there are no masks to go by.
+        ValueError: an unknown codec.
     """
     check_codec(codec)
     if masks is None and is_compact(stage):
@@ -207,8 +207,7 @@ class Ends:
         self._logs = logs
         self._patterns = _patterns(stage, description)
         self._handles = insert(stage, *self.channels)
-        self._undecided = codec == "auto" and (before is not None or behind is not None)
-        self._steps = 0
+        self._undecided = {"before", "behind"} if codec == "auto" else set()
 
     def begin_step(self) -> None:
         """To be called before the first message of a step, on every stage.
@@ -220,10 +219,12 @@ class Ends:
         for boundary in (self.before, self.behind):
             if boundary is not None:
                 boundary.forget()
-        self._steps += 1
-        if self._undecided and self._steps == 2:
-            self._undecided = False
-            self._decide()
+        for which, is_writer in (("before", False), ("behind", True)):
+            boundary = getattr(self, which)
+            # At both ends after the first step that trained: evaluations send activations only.
+            if which in self._undecided and boundary is not None and boundary.is_measured:
+                self._undecided.remove(which)
+                self._decide(which, boundary, is_writer)
 
     def end_step(self) -> None:
         """Wait until what the step has sent has left."""
@@ -249,25 +250,21 @@ class Ends:
 
     # ---------------------------------------------------------------- auto
 
-    def _decide(self) -> None:
-        """Set the codecs; a boundary over which both ends go dense is the framework's again."""
-        for which, is_writer in (("before", False), ("behind", True)):
-            boundary: Boundary | None = getattr(self, which)
-            if boundary is None:
-                continue
-            sent, _ = boundary.take_traffic()
-            rate = _rate(boundary, sent)
-            boundary.codec, why = _better(sent, rate)
-            each = max(sent.messages, 1)
-            sends = sent.sent if isinstance(boundary.codec, Zeros) else sent.dense
-            name = boundary.codec.name
-            mine = f"{sent.dense // each} {name}, {sends / each:,.0f} of {{:,}} bytes ({why})"
-            theirs = _swap(boundary, mine)
-            if is_writer and self._logs:
-                self._log(boundary.name, mine, theirs, rate)
-            if name == "dense" and theirs.split()[1] == "dense,":
-                boundary.flush()
-                setattr(self, which, None)
+    def _decide(self, which: str, boundary: Boundary, is_writer: bool) -> None:
+        """Set the codec; a boundary over which both ends go dense is the framework's again."""
+        sent, _ = boundary.take_traffic()
+        rate = _rate(boundary, sent)
+        boundary.codec, why = _better(sent, rate)
+        each = max(sent.messages, 1)
+        sends = sent.sent if isinstance(boundary.codec, Zeros) else sent.dense
+        name = boundary.codec.name
+        mine = f"{sent.dense // each} {name}, {sends / each:,.0f} of {{:,}} bytes ({why})"
+        theirs = _swap(boundary, mine)
+        if is_writer and self._logs:
+            self._log(boundary.name, mine, theirs, rate)
+        if name == "dense" and theirs.split()[1] == "dense,":
+            boundary.flush()
+            setattr(self, which, None)
 
     def _log(self, name: str, activations: str, gradients: str, rate: float) -> None:
         channels = self.channels[1]
@@ -314,8 +311,6 @@ def _rate(boundary: Boundary, sent: Traffic) -> float:
 
 def _better(sent: Traffic, rate: float) -> tuple[Codec, str]:
     """The codec that takes less time on this link, counting what it computes on both sides."""
-    if sent.messages == 0:
-        return Dense(), "nothing was sent"
     saved = (sent.dense - sent.sent) / rate
     if saved <= 0:
         return Dense(), "nothing to leave out"

@@ -1,4 +1,4 @@
-"""Which channels of a boundary the layers next to it read, and which they leave constant.
+"""Which channels of a boundary the layers next to it read, and which they leave zero.
 
 Only the masks of those layers are looked at: of the first Linear or convolution after the boundary,
 and of the last one before it, with what stands between and keeps channels apart. Anything else
@@ -7,8 +7,9 @@ counts as reading every channel, and as writing something to each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +42,13 @@ class Side:
         dim: that of the channels, 1 or -1.
         flat: whether, on this side, they are flattened with what follows them.
         needed: 1-D, bool, by channel (by feature, of the reader if ``flat``): whether it is read,
-            or written with something that is not constant.
-        constant: what stands in the channels that the writer does not need; 0 of the reader.
+            or written with something else than zeros.
         layer: name of the layer whose mask decides.
     """
 
     dim: int
     flat: bool
     needed: Tensor
-    constant: float
     layer: str
 
 
@@ -64,10 +63,11 @@ def layers_of(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _flattened(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     prefix = f"{name}." if name else ""
-    if type(module).forward is nn.Sequential.forward and not _is_hooked(module):
-        for child, layer in module.named_children():
+    if type(module).forward is nn.Sequential.forward and not _is_changed(module):
+        for child, layer in module._modules.items():  # one that is used twice comes twice
+            assert layer is not None
             yield from _flattened(prefix + child, layer)
-    elif isinstance(row := getattr(module, "forward_funcs", None), list) and not name:
+    elif isinstance(row := _row_of_pipeline(module), list) and not name:
         paths = {id(layer): path for path, layer in module.named_modules()}
         for function in row:
             if isinstance(function, nn.Module):
@@ -78,13 +78,22 @@ def _flattened(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def _row_of_pipeline(module: nn.Module) -> Any:
+    return None if _is_changed(module) else getattr(module, "forward_funcs", None)
+
+
 class _Unknown(nn.Module):
     """A function among a pipeline's layers."""
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(not isinstance(hook, OURS) for kind in hooks for hook in kind.values())
+def _is_changed(module: nn.Module) -> bool:
+    """Whether it does something else than its class, or may."""
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    ours = all(isinstance(hook, OURS) for kind in hooks for hook in kind.values())
+    return not ours or "forward" in vars(module)
 
 
 class OURS:
@@ -94,7 +103,7 @@ class OURS:
 def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether it computes what one of the classes does."""
     found = next((kind for kind in kinds if isinstance(module, kind)), None)
-    return found is not None and type(module).forward is found.forward and not _is_hooked(module)
+    return found is not None and type(module).forward is found.forward and not _is_changed(module)
 
 
 def read_channels(
@@ -106,7 +115,7 @@ def read_channels(
         layers: from the boundary on.
         masks: by the names of the layers' parameters.
     """
-    flat = False
+    flat, by_dimension = False, False  # whether a layer before looks at dimension 1 as channels
     for name, layer in layers:
         if _is(layer, (nn.Flatten,)):
             if flat or layer.start_dim != 1 or layer.end_dim != -1:
@@ -114,24 +123,26 @@ def read_channels(
             flat = True
         elif _is(layer, (nn.Linear,)):
             mask = _mask(masks, name, "weight")
-            if mask is None:
+            if mask is None or (by_dimension and not flat):
                 return None
-            return Side(1 if flat else -1, flat, mask.any(0), 0.0, name)
+            return Side(1 if flat else -1, flat, mask.any(0), name)
         elif _is(layer, _CONVOLUTIONS):
             mask = _mask(masks, name, "weight")
             if mask is None or flat:
                 return None
             by_group = mask.flatten(2).any(2).unflatten(0, (layer.groups, -1))
-            return Side(1, False, by_group.any(1).flatten(), 0.0, name)
+            return Side(1, False, by_group.any(1).flatten(), name)
         elif not _is(layer, _APART):
             return None
+        elif not _is(layer, (*_ELEMENTWISE, *_DROPOUT)):
+            by_dimension = True
     return None
 
 
 def written_channels(
     layers: Iterable[tuple[str, nn.Module]], masks: Mapping[str, Tensor]
 ) -> Side | None:
-    """Which channels the masks before a boundary make constant; None if that may be none.
+    """Which channels the masks before a boundary make zero; None if that may be none.
 
     Args:
         layers: up to the boundary.
@@ -166,24 +177,25 @@ def _written(
     if getattr(layer, "bias", None) is not None:
         mask = _mask(masks, name, "bias")
         needed = needed | mask if mask is not None else torch.ones_like(needed)
-    constant, flat = 0.0, False
+    flat = False
     for module in reversed(after):
         if isinstance(module, nn.Flatten):
             if flat or module.start_dim != 1 or module.end_dim != -1 or dim != 1:
                 return None
             flat = True
-        elif _is(module, _ELEMENTWISE) and not isinstance(module, nn.PReLU):
-            constant = _at(module, constant)
-        elif constant != 0:  # zeros remain zeros in the others, padding and dropout included
+        elif (dim == -1 and _is(module, _POOLS)) or not _keeps_zero(module):  # over the channels
             return None
-    return Side(-1 if flat else dim, flat, needed, constant, name)
+    return Side(-1 if flat else dim, flat, needed, name)
+
+
+def _keeps_zero(module: nn.Module) -> bool:
+    if not _is(module, _ELEMENTWISE):
+        return True  # pools, with padding, and dropout
+    with torch.no_grad():
+        weight = next(module.parameters(), torch.zeros(()))
+        return not module(weight.new_zeros((1, max(weight.numel(), 1)))).any()
 
 
 def _mask(masks: Mapping[str, Tensor], layer: str, of: str) -> Tensor | None:
     found = masks.get(f"{layer}.{of}" if layer else of)
     return None if found is None else found.cpu()
-
-
-def _at(function: Callable[[Tensor], Tensor], x: float) -> float:
-    with torch.no_grad():
-        return float(function(torch.tensor([x])))

@@ -43,7 +43,7 @@ _DTYPES = [
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _ABSENT, _OWN = 254, 255  # in a codec's place: no tensor; a codec that is none of these
 _CODECS: list[Codec] = [Dense(), Zeros()]
-_CODEC_CODES = {codec.name: code for code, codec in enumerate(_CODECS)}
+_CODEC_CODES = {type(codec): code for code, codec in enumerate(_CODECS)}
 _DENSE = _CODECS[0]
 
 
@@ -123,7 +123,7 @@ def _write(
     """Codec that was used, bytes that it wrote, what it keeps."""
     written = codec.write(room, tensor, kept)
     if written is not None:
-        return _CODEC_CODES.get(codec.name, _OWN), *written
+        return _CODEC_CODES.get(type(codec), _OWN), *written
     return 0, tensor.nbytes, _DENSE.write(room, tensor, kept)[1]  # type: ignore[index]
 
 

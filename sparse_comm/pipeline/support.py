@@ -4,22 +4,35 @@ Where a ReLU gave zero its derivative is zero, so that whatever gradient arrives
 the stage that it comes back to. This reads the graph behind a tensor, as far back as that ReLU, and
 answers only where it is certain, underflow included: the square of 1e-30 is zero in fp32 and has a
 derivative, so that of squares the entries that went in count, not those that came out.
+
+What it does not answer for: nodes that are not torch's own (a name tells: theirs end in a digit);
+tensors with hooks, which may look at the whole gradient; tensors that were written to since; values
+that autograd does not keep itself (checkpointing would compute them anew to show them).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["Support", "support_of"]
 
-_SAME_ORDER = {"View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Unsqueeze", "Squeeze"}
-_OTHER_ORDER = {"Permute", "Transpose", "T", "Slice", "Select", "Split", "Narrow", "IndexSelect"}
-_LARGEST = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "MkldnnMaxPool2D"}
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KIND = re.compile(r"(\w+?)Backward\d+")
+_VIEWS = {
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Alias",
+    "Unsqueeze",
+    "Squeeze",
+}  # in the same order
+_OTHER_VIEWS = {"Permute", "Transpose", "T", "Slice", "Select", "Split", "Narrow"}
+_LARGEST = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D"}
+_COPIES = {"Clone", "IndexSelect"} | _LARGEST
+_KNOWN = _VIEWS | _OTHER_VIEWS | _COPIES | {"Pow", "ToCopy"}
 
 
 @dataclass(frozen=True)
@@ -27,13 +40,15 @@ class Support:
     """The entries of which the gradient counts.
 
     Attributes:
-        entries: a tensor in the same row-major order, not zero at those; None if the tensor itself
-            is one.
+        entries: a tensor in the same row-major order: its non-zeros count, besides the tensor's
+            own; None if these are all.
         guards: whether the others are dropped by a product with zero, which keeps inf and NaN.
+        checks: whether autograd itself notices if the tensor was written to.
     """
 
     entries: Tensor | None = None
     guards: bool = False
+    checks: bool = False
 
 
 def support_of(tensor: Tensor) -> Support | None:
@@ -44,78 +59,89 @@ def support_of(tensor: Tensor) -> Support | None:
 
     Source: ours.
     """
-    if tensor.grad_fn is None:
+    if tensor.grad_fn is None or tensor._backward_hooks or tensor.retains_grad:
         return None
     try:
-        return _support(tensor.grad_fn, tensor)
-    except RuntimeError:  # what it was made from was overwritten, or is no longer kept
+        found = _support(tensor.grad_fn, tensor)
+    except Exception:  # what it was made from was overwritten, or a node is another than it seems
         return None
+    if found is None or (not found.checks and tensor._version > 0):
+        return None
+    if found.entries is not None and found.entries.numel() != tensor.numel():
+        return None
+    return found
 
 
 def _support(made_by: Any, tensor: Tensor | None) -> Support | None:
     """Of the output of a node; ``tensor``, where it is at hand."""
-    kind = made_by.name().partition("Backward")[0]
+    match = _KIND.fullmatch(made_by.name())
+    kind = match[1] if match else ""
     inputs = [node for node, _ in made_by.next_functions]
     if kind == "Relu":
-        return Support()
+        return Support(checks=True)
     if kind == "Threshold":
         return Support() if made_by._saved_threshold >= 0 else None
     if kind == "Hardtanh":  # ReLU6
         return Support() if made_by._saved_min_val >= 0 else None
     if kind == "Mul":
-        return _of_product(made_by, inputs, tensor)
-    if not inputs or inputs[0] is None:
+        return _of_product(made_by, tensor)
+    if kind not in _KNOWN or not inputs or inputs[0] is None:
         return None
-    before = _support(inputs[0], None) if kind in _KNOWN else None
-    if before is None or kind in _SAME_ORDER:
+    before = _support(inputs[0], None)
+    if before is None or kind in _VIEWS:
         return before
     if kind == "Pow" and made_by._saved_exponent > 0:
-        return before if before.entries is not None else _given(made_by._saved_self, before)
+        return before if before.entries is not None else _given(_saved(made_by, "self"))
     if kind == "ToCopy":
-        return before if before.entries is not None else _given(_output(inputs[0]), before)
-    if before.entries is None and kind in _OTHER_ORDER | _LARGEST:
+        return before if before.entries is not None else _given(_output(inputs[0]))
+    if before.entries is not None:  # in another order, or of other entries
+        return None
+    if kind in _OTHER_VIEWS:
         return before
-    return None
+    return Support() if kind in _COPIES else None
 
 
-_KNOWN = _SAME_ORDER | _OTHER_ORDER | _LARGEST | {"Pow", "ToCopy"}
+def _given(entries: Tensor | None) -> Support | None:
+    return None if entries is None else Support(entries.detach())
 
 
-def _given(entries: Tensor | None, before: Support) -> Support | None:
-    return None if entries is None else Support(entries.detach(), before.guards)
+def _saved(node: Any, name: str) -> Tensor | None:
+    """What a node keeps; None if it is kept by hooks, which would have work to do."""
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    if raw is None or getattr(raw, "unpack_hook", "unknown") is not None:
+        return None
+    found = getattr(node, f"_saved_{name}")
+    return found if isinstance(found, Tensor) else None
 
 
 def _output(node: Any) -> Tensor | None:
     """Of a ReLU, which autograd keeps."""
-    return node._saved_result if node.name().startswith("Relu") else None
+    return _saved(node, "result") if node.name() == "ReluBackward0" else None
 
 
-def _of_product(made_by: Any, inputs: list[Any], tensor: Tensor | None) -> Support | None:
+def _of_product(made_by: Any, tensor: Tensor | None) -> Support | None:
     """A product of a ReLU with itself, or of anything with constants: dropout, which has zeros."""
+    inputs = made_by.next_functions
     if len(inputs) != 2:
         return None
-    if inputs[0] is inputs[1] and inputs[0] is not None:
-        before = _support(inputs[0], None)
+    first, second = inputs[0][0], inputs[1][0]
+    if first is not None and inputs[0] == inputs[1]:
+        before = _support(first, None)
         if before is None or before.entries is not None:
             return before
-        return _given(made_by._saved_self, before)
-    if tensor is None or inputs.count(None) != 1:
+        return _given(_saved(made_by, "self"))
+    if tensor is None or (first is None) == (second is None):
         return None
-    first = inputs[0] is not None
-    factor = made_by._saved_other if first else made_by._saved_self
-    node = inputs[0] if first else inputs[1]
+    factor = _saved(made_by, "other" if first is not None else "self")
+    node = first if first is not None else second
     before = _support(node, None)
-    if not isinstance(factor, Tensor) or factor.shape != tensor.shape:
+    if factor is None or factor.shape != tensor.shape:
         if before is None:  # scaled as a whole
             return None
-        return before if before.entries is not None else _given(_output(node), before)
-    if tensor.itemsize not in _INTEGER:
-        return None
+        return before if before.entries is not None else _given(_output(node))
     live = factor != 0
     if before is not None:
         entries = _output(node) if before.entries is None else before.entries
         if entries is not None and entries.shape == live.shape:
             live &= entries != 0
-    # What is sent must hold all that is not zero: inf times zero is NaN, and -1 times zero -0.0.
-    live |= tensor.detach().contiguous().view(_INTEGER[tensor.itemsize]) != 0
     return Support(live, guards=True)

@@ -51,8 +51,10 @@ class Zeros:
             return _put(room, tensor, kept.pattern, _HEAD, _REPLIES), None
         end = _HEAD + _bitmap_bytes(tensor.numel())
         bitmap = room[_HEAD:end]
-        source = tensor if live is None or live.entries is None else live.entries
-        pattern = SparsityPattern.from_nonzeros(source.reshape(tensor.shape), bitmap)
+        pattern = SparsityPattern.from_nonzeros(tensor, bitmap)
+        if live is not None and live.entries is not None:
+            others = SparsityPattern.from_nonzeros(live.entries.reshape(tensor.shape))
+            pattern = SparsityPattern.from_bitmap(bitmap.bitwise_or_(others.bitmap), tensor.shape)
         if end + pattern.nnz * tensor.itemsize >= tensor.nbytes:
             return None
         if live is None:

@@ -41,6 +41,17 @@ def case(cases: Cases) -> Callable[[Case], Case]:
     return register
 
 
+def on_two(function: Case) -> Case:
+    """A case that would show nothing more on more ranks; put below ``case``."""
+
+    @functools.wraps(function)
+    def run(rank: int, world_size: int) -> None:
+        if world_size == 2:
+            function(rank, world_size)
+
+    return run
+
+
 def passed(module: str, world_size: int, name: str) -> None:
     """Fail if the case failed on any rank. The first question about a module runs all its cases."""
     failed = _errors(module, world_size)[name]

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import (
 )
 
 import sparse_comm
-from tests.integrations.cases import Cases, case, passed
+from tests.integrations.cases import Cases, case, on_two, passed
 
 CASES: Cases = {}
 TIMEOUT = 200
@@ -141,6 +141,7 @@ def every_schedule(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def fewer_bytes_are_sent(rank: int, world_size: int) -> None:
     """In both directions: on each rank what it sends."""
 
@@ -194,12 +195,14 @@ class Unused(nn.Module):
 
 
 @case(CASES)
+@on_two
 def an_input_that_is_not_used(rank: int, world_size: int) -> None:
     plain = train(Unused, None)
     same(plain, train(Unused, "zeros"))
 
 
 @case(CASES)
+@on_two
 def dropout_and_half_precision(rank: int, world_size: int) -> None:
     def make(index: int, count: int) -> nn.Module:
         end = nn.Linear(24, 5) if index == count - 1 else nn.Linear(24, 24)
@@ -216,6 +219,7 @@ def dropout_and_half_precision(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def nan_and_inf_arrive(rank: int, world_size: int) -> None:
     def data(step: int) -> Any:
         x = torch.randn(SAMPLES, 24)
@@ -278,6 +282,7 @@ def bad_input_is_refused_on_all_ranks(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def a_checksum_changes_nothing_else(rank: int, world_size: int) -> None:
     same(train(mlp, None), train(mlp, "zeros", checksum=True))
 

@@ -98,13 +98,6 @@ def behind_a_norm() -> tuple:
     return writer, reader, of_writer, masked(reader, {}, {}), torch.randn(2, 3, 8, 8), 6
 
 
-def constant_but_not_zero() -> tuple:
-    writer = nn.Sequential(nn.Linear(10, 12), nn.Sigmoid())
-    reader = nn.Sequential(nn.Linear(12, 8))
-    of_writer = masked(writer, {"0": [1, 4]}, {})
-    return writer, reader, of_writer, masked(reader, {}, {}), torch.randn(6, 10), 10
-
-
 def subclassed() -> tuple:
     class Stage(nn.Sequential):
         def get_input_shape(self):
@@ -119,7 +112,7 @@ def subclassed() -> tuple:
 
 CASES = [
     *(linear_after_relu, sequences, convolutions, grouped, flattened_by_the_reader),
-    *(flattened_by_the_writer, behind_a_norm, constant_but_not_zero, subclassed),
+    *(flattened_by_the_writer, behind_a_norm, subclassed),
 ]
 
 
@@ -234,7 +227,7 @@ def test_where_nothing_is_needed_one_channel_is_sent():
 
 
 def test_a_tensor_of_another_size_is_refused():
-    channels = Channels(1, torch.tensor([0, 2]), torch.zeros(4), torch.zeros(4).bool(), "")
+    channels = Channels(1, torch.tensor([0, 2]), torch.zeros(4).bool(), "")
     with pytest.raises(ValueError, match=r"shape \(3, 5\), expected 4 channels in dimension 1"):
         Keep(channels)(torch.ones(3, 5))
     with pytest.raises(ValueError, match=r"shape \(3, 4\), expected 2 channels in dimension 1"):
@@ -255,7 +248,7 @@ def test_weights_that_are_not_zero_where_the_masks_prune_are_noticed():
         reader(small)
     plain[0].bias.data.fill_(1.0)
     insert(plain, last=channels)
-    with pytest.raises(RuntimeError, match="a stage writes to channels that its masks make const"):
+    with pytest.raises(RuntimeError, match="a stage writes to channels that its masks make zero"):
         plain(x)
 
 
@@ -267,3 +260,37 @@ def test_what_is_not_finite_is_looked_at_later():
     reader(torch.full((6, channels.kept.numel()), torch.nan))
     with pytest.raises(RuntimeError, match="a stage reads channels"):
         reader(torch.randn(6, channels.kept.numel()))
+
+
+def test_constants_that_are_not_zero_are_sent():
+    mask = {"0.weight": torch.zeros(4, 3).bool(), "0.bias": torch.zeros(4).bool()}
+    assert written_channels(list(layers_of(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))), mask)
+    for module in (nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid(), nn.LogSigmoid()):
+        row = nn.Sequential(nn.Linear(3, 4), module)
+        assert written_channels(list(layers_of(row)), mask) is None
+
+
+@pytest.mark.parametrize("between", [nn.BatchNorm1d(4), nn.AvgPool1d(2), nn.InstanceNorm1d(4)])
+def test_a_linear_behind_what_looks_at_another_dimension_reads_all(between):
+    """Of (N, channels, features) the one has dimension 1, the other the last."""
+    assert reads(nn.Sequential(between, nn.Linear(6, 3)), "1.weight") is None
+    pools = [layer for layer in (between,) if isinstance(layer, nn.AvgPool1d)]
+    mask = {"0.weight": torch.zeros(12, 3).bool(), "0.bias": torch.zeros(12).bool()}
+    for pool in pools:
+        row = list(layers_of(nn.Sequential(nn.Linear(3, 12), pool)))
+        assert written_channels(row, mask) is None
+
+
+def test_layers_that_were_changed_read_all():
+    patched = nn.Sequential(nn.Linear(12, 4))
+    patched[0].forward = lambda x: nn.functional.linear(x, patched[0].weight) + x.sum()
+    assert reads(patched, "0.weight") is None
+    hooked = nn.Sequential(nn.Linear(12, 4))
+    hooked[0].register_full_backward_hook(lambda module, given, out: None)
+    assert reads(hooked, "0.weight") is None
+
+
+def test_a_module_that_is_used_twice_is_seen_twice():
+    act = nn.Sigmoid()
+    row = nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act)
+    assert [name for name, _ in layers_of(row)] == ["0", "1", "2", "3"]

@@ -241,7 +241,9 @@ class ReluStage(nn.Sequential):
     get_output_shape = get_input_shape
 
 
-def relu_engine(codec: str, compact: bool = True, **options: Any) -> Any:
+def relu_engine(
+    codec: str, compact: bool = True, loss: Any = F.cross_entropy, **options: Any
+) -> Any:
     """Of stages whose masks prune whole columns and, but for the last one, rows."""
     stage = ReluStage(ax.config.inter_layer_parallel_rank, ax.config.G_inter)
     masks = random_masks(stage, 0.6, seed=ax.config.inter_layer_parallel_rank)
@@ -254,7 +256,7 @@ def relu_engine(codec: str, compact: bool = True, **options: Any) -> Any:
         options |= {"sparse": True, "masks": masks}
     options = {"computation_dtype": torch.float32, "bucket_cap_mb": 0.005, **options}
     return sparse_axonn.InterLayerEngine(
-        stage, F.cross_entropy, micro_batch_size=2, pipeline_codec=codec, **options
+        stage, loss, micro_batch_size=2, pipeline_codec=codec, **options
     )
 
 

@@ -13,9 +13,11 @@ pytest.importorskip("axonn")
 
 import torch
 from axonn import axonn as ax
+from torch import Tensor, nn
 
 import sparse_comm
 from tests.integrations.axonn.models import (
+    ReluStage,
     adamw,
     grid,
     over_replicas,
@@ -24,7 +26,7 @@ from tests.integrations.axonn.models import (
     same_stages,
     train_relu,
 )
-from tests.integrations.cases import Cases, case, passed
+from tests.integrations.cases import Cases, case, on_two, passed
 
 TIMEOUT = 200
 CASES: Cases = {}
@@ -48,17 +50,20 @@ def fifty_steps_in_every_codec(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def half_precision(rank: int, world_size: int) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         same_training(world_size, computation_dtype=dtype)
 
 
 @case(CASES)
+@on_two
 def dense_stages(rank: int, world_size: int) -> None:
     same_training(world_size, compact=False)
 
 
 @case(CASES)
+@on_two
 def transient_weights_and_checksums(rank: int, world_size: int) -> None:
     same_training(world_size, weights="transient", pipeline_checksum=True)
 
@@ -80,6 +85,7 @@ def evaluation_between_steps(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def fewer_bytes_are_sent(rank: int, world_size: int) -> None:
     """The channels and the zeros, in both directions."""
     with grid(*GRIDS[world_size]):
@@ -94,6 +100,34 @@ def fewer_bytes_are_sent(rank: int, world_size: int) -> None:
                     assert sent.messages == received.messages == 4
                     fractions[codec] = sent.dense
         assert fractions["auto"] < 0.85 * fractions["zeros"]
+
+
+@case(CASES)
+@on_two
+def shapes_may_change(rank: int, world_size: int) -> None:
+    """From batch to batch, where AxoNN's own messages are of one shape."""
+
+    def loss_of(out: Tensor, labels: Tensor) -> Tensor:
+        return (out.sum((1, 2)) - labels).square().mean()
+
+    whole = nn.Sequential(ReluStage(0, 2), ReluStage(1, 2))
+    of_whole = adamw(whole)
+    with grid(*GRIDS[world_size]):
+        engine = relu_engine("zeros", compact=False, loss=loss_of)
+        optimizer = adamw(engine.model)
+        for length in (3, 1, 5, 2):
+            x = torch.randn(8, length, 66, generator=torch.Generator().manual_seed(length))
+            labels = torch.arange(8.0)
+            optimizer.zero_grad()
+            losses = over_replicas([engine.forward_backward_optimizer(x, labels, optimizer)])
+            of_whole.zero_grad()
+            total = 0.0
+            for part, of_part in zip(x.split(2), labels.split(2), strict=True):
+                loss = loss_of(whole(part), of_part)
+                (loss / 4).backward()
+                total += loss.item()
+            of_whole.step()
+            assert losses == [total / 4]
 
 
 @case(CASES)

@@ -17,7 +17,7 @@ from sparse_comm.integrations.deepspeed import initialize, pack_sends
 from torch import Tensor, nn
 
 import sparse_comm
-from tests.integrations.cases import Cases, case, passed
+from tests.integrations.cases import Cases, case, on_two, passed
 from tests.launch import shared_folder
 
 from .training import BASE, BATCH, CLASSES, WIDTH, Config, block, merged, on_first
@@ -130,6 +130,7 @@ def fifty_steps_in_every_codec(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def in_bf16_and_with_zero_1(rank: int, world_size: int) -> None:
     deepspeed.init_distributed()
     config = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
@@ -156,6 +157,7 @@ class Sliced(nn.Linear):
 
 
 @case(CASES)
+@on_two
 def shapes_may_change(rank: int, world_size: int) -> None:
     """With zeros left out without DeepSpeed's dynamic_shape: messages say what they hold."""
 
@@ -186,6 +188,7 @@ class Shorter(nn.Module):
 
 
 @case(CASES)
+@on_two
 def checkpointed_stages(rank: int, world_size: int) -> None:
     deepspeed.init_distributed()
     losses = [
@@ -196,6 +199,7 @@ def checkpointed_stages(rank: int, world_size: int) -> None:
 
 
 @case(CASES)
+@on_two
 def evaluation_between_steps(rank: int, world_size: int) -> None:
     deepspeed.init_distributed()
     found = []
@@ -217,6 +221,7 @@ class Block(nn.Sequential):
 
 
 @case(CASES)
+@on_two
 def fewer_bytes_are_sent(rank: int, world_size: int) -> None:
     deepspeed.init_distributed()
 
