@@ -97,7 +97,47 @@ def gpt() -> Case:
     return GPT(2, 128, 16), (tokens, tokens)
 
 
-CASES = [mlp, cnn, residual, depthwise, joined, heads, encoder_layer, gpt]
+class Twice(nn.Module):
+    """A layer is used twice, another one's result is written into a part, and powers are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.part, self.power = nn.Linear(6, 4), nn.Linear(6, 8)
+        self.last = nn.Linear(12, 2)
+        self.free, self.end = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(torch.relu(self.twice(torch.relu(self.first(x)))))
+        y = torch.pow(torch.sigmoid(y), torch.sigmoid(self.power(x)))
+        joined = y.new_zeros(len(x), 12)
+        joined[:, :8] = torch.add(y, other=self.power(x))
+        joined[:, 8:] = self.part(x)
+        return self.last(joined) + self.end(torch.relu(self.free(x)))
+
+
+def twice() -> Case:
+    return Twice(), (torch.randn(3, 6),)
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.head = nn.Linear(12, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+def tied_head() -> Case:
+    return TiedHead(), (torch.arange(14).view(2, 7) % 7,)
+
+
+CASES = [mlp, cnn, residual, depthwise, joined, heads, encoder_layer, gpt, tied_head]
 
 
 def disturbed(model: nn.Module, masks: dict[str, Tensor], writers: bool) -> nn.Module:
@@ -130,6 +170,19 @@ def test_neither_writers_nor_readers_of_pruned_channels_matter(case: Callable[[]
     assert not torch.allclose(expected, model(*inputs), atol=1e-4)
     torch.testing.assert_close(disturbed(model, masks, writers=True)(*inputs), expected)
     torch.testing.assert_close(disturbed(model, masks, writers=False)(*inputs), expected)
+
+
+def test_what_is_used_twice_or_written_into_a_part_stays():
+    model, inputs = twice()
+    masks = sparse_comm.prune.channels(model, 0.5, example=inputs)
+    assert set(masks) == {"free.weight", "free.bias", "end.weight"}
+
+
+def test_layers_of_one_output_are_kept():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+    masks = sparse_comm.prune.channels(model, 0.5, example=torch.randn(1, 4))
+    assert rows_left(masks, "0.weight") == 3
+    assert masks["2.weight"].sum() == 3
 
 
 def rows_left(masks: dict[str, Tensor], name: str) -> int:

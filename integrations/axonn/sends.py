@@ -177,16 +177,16 @@ def make_sends(
 
     def described() -> Any:
         has_messages(codec, state.device)
-        return describe(index, model, codec, None, checksum)
+        return describe(index, model, codec, checksum=checksum)
 
     description = on_all_ranks(described)
-    planned = compare(gather(description))
+    planned = compare(gather(description), config.G_inter)
     before = behind = None
     if has_messages(codec, state.device):
         before = _boundary(state, index, index - 1, codec, checksum)
         behind = _boundary(state, index, index + 1, codec, checksum)
     logs = config.data_parallel_rank == 0 and config.intra_layer_parallel_rank == 0
-    ends = Ends(model, description, planned, codec, None, before, behind, logs)
+    ends = Ends(model, description, planned, codec, before, behind, logs)
     return Sends(model, state, dtype, ends)
 
 
@@ -227,7 +227,7 @@ class _MPIWire:
     """MPI's messages, over AxoNN's communicator of the pipeline."""
 
     def __init__(self, stage: int, tag: int) -> None:
-        self._stage, self._tag = stage, tag & 0x7FFF  # MPI promises no larger tags
+        self._stage, self._tag = stage, tag - _TAG + 1  # plain messages have 0
 
     def send(self, tensor: Tensor) -> _MPIMessage:
         """See sparse_comm.pipeline.Wire."""

@@ -6,10 +6,10 @@ where DeepSpeed's own sends and receives wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -24,13 +24,14 @@ from sparse_comm.pipeline import (
     TorchWire,
     Zeros,
     compare,
+    cpu_backend,
     describe,
     has_messages,
 )
 
 from .refuse import check_version
 
-__all__ = ["pack_sends"]
+__all__ = ["is_plain", "pack_sends"]
 
 _TAG = 0x5D0000  # of the first message; DeepSpeed's own have 0
 
@@ -41,7 +42,6 @@ def pack_sends(
     engine: Engine,
     pipeline_codec: str | Codec = "auto",
     *,
-    masks: Mapping[str, Tensor] | None = None,
     checksum: bool = False,
 ) -> Engine:
     """Have a pipeline's stages send only what the next one reads. A collective of all ranks.
@@ -53,8 +53,7 @@ def pack_sends(
     Args:
         engine: a ``PipelineEngine``. Its class becomes a subclass of what it was.
         pipeline_codec: "auto", "channels", "zeros" or "dense" (docs/pipeline.md), or an object
-            with the methods of ``sparse_comm.pipeline.Codec``.
-        masks: for "channels" and "auto": by the names of this stage's module; not needed for
+            with the methods of ``sparse_comm.pipeline.Codec``. Channels are those of the masks of
             compact stages.
         checksum: whether messages carry one, at some 0.5 ms a MB.
 
@@ -76,16 +75,21 @@ def pack_sends(
                 "sends between stages are those of a PipelineEngine; this engine is a "
                 f"{type(engine).__name__}: give deepspeed.initialize a PipelineModule"
             )
+        if not is_plain(engine):
+            raise TypeError(
+                f"the sends of a {type(engine).__name__} are not those of a PipelineEngine: "
+                "pipeline_codec does not know its schedule"
+            )
         if engine.is_pipe_partitioned and pipeline_codec != "dense":
             raise ValueError(
                 "activations are partitioned over tensor-parallel ranks ('pipe_partitioned' of "
                 "the config's 'pipeline'), of which pipeline_codec knows 'dense' only"
             )
-        has_messages(pipeline_codec, engine.device, dist.get_backend())
-        return describe(engine.stage_id, engine.module, pipeline_codec, masks, checksum)
+        has_messages(pipeline_codec, engine.device, cpu_backend())
+        return describe(engine.stage_id, engine.module, pipeline_codec, checksum=checksum)
 
     description = on_all_ranks(mine)
-    planned = compare(gather(description))
+    planned = compare(gather(description), engine.num_stages)
     if (old := engine.__dict__.get("_sparse_comm_sends")) is not None:
         old.ends.remove()
         engine.reset_activation_shape()
@@ -94,10 +98,14 @@ def pack_sends(
         return engine
     if not isinstance(engine, PackedSends):
         object.__setattr__(engine, "__class__", _class(type(engine)))
-    engine.__dict__["_sparse_comm_sends"] = _Sends(
-        engine, description, planned, pipeline_codec, masks
-    )
+    engine.__dict__["_sparse_comm_sends"] = _Sends(engine, description, planned, pipeline_codec)
     return engine
+
+
+def is_plain(engine: Engine) -> bool:
+    """Whether it is a PipelineEngine whose instructions are DeepSpeed's: DualPipeV has its own."""
+    known = (PipelineEngine._INSTRUCTION_MAP, PackedSends._INSTRUCTION_MAP)
+    return isinstance(engine, PipelineEngine) and any(engine._INSTRUCTION_MAP is m for m in known)
 
 
 class _Sends:
@@ -109,16 +117,15 @@ class _Sends:
         description: Description,
         planned: Any,
         codec: str | Codec,
-        masks: Mapping[str, Tensor] | None,
     ) -> None:
         before = behind = None
-        if has_messages(codec, engine.device, dist.get_backend()):
+        if has_messages(codec, engine.device, cpu_backend()):
             before = _boundary(engine, engine.stage_id - 1, codec, description.checksum)
             behind = _boundary(engine, engine.stage_id + 1, codec, description.checksum)
         logs = engine.grid.get_data_parallel_rank() == 0
-        self.ends = Ends(engine.module, description, planned, codec, masks, before, behind, logs)
+        self.ends = Ends(engine.module, description, planned, codec, before, behind, logs)
         self._next: dict[Any, int] = {}
-        self._count = 0
+        self._count, self._stages = 0, engine.num_stages
 
     def begin(self, count: int) -> None:
         """A batch of so many micro-batches begins."""
@@ -128,7 +135,10 @@ class _Sends:
     def send(self, boundary: Boundary, what: Any, tensors: Any) -> None:
         """Send the next micro-batch's tensor, or tuple of tensors."""
         several = isinstance(tensors, tuple)
-        boundary.send([*tensors, None] if several else [tensors], self._number(what))
+        number = self._number(what)
+        boundary.send([*tensors, None] if several else [tensors], number)
+        if not torch.is_grad_enabled() and number % self._stages == self._stages - 1:
+            boundary.flush()  # or activations of an evaluation would pile up
 
     def receive(self, boundary: Boundary, what: Any) -> Any:
         """The next micro-batch's tensor, or tuple of tensors; the one after it may come, too."""

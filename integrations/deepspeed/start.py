@@ -27,7 +27,7 @@ from .masks import agreed_patterns
 from .names import join_expert_groups
 from .partitioned import PartitionedAccess, drop_caches, is_partitioned
 from .refuse import check_supported, check_version, zero_stage
-from .sends import pack_sends
+from .sends import is_plain, pack_sends
 
 __all__ = ["initialize", "listed", "make_compact", "put_in"]
 
@@ -138,8 +138,14 @@ def initialize(
         _restore(model, optimizer)
         raise
     follow(engine)
-    if isinstance(model, deepspeed.PipelineModule):
+    if is_plain(engine):
         pack_sends(engine, block.pipeline_codec)
+    elif block.pipeline_codec not in ("auto", "dense"):
+        warnings.warn(
+            f"pipeline_codec={block.pipeline_codec!r} has no effect: the model is no pipeline of "
+            "which the schedule is known",
+            stacklevel=2,
+        )
     return engine, *others
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,10 +19,12 @@ from sparse_comm.mask_sync import gather, on_all_ranks
 from sparse_comm.pipeline import (
     Boundary,
     Codec,
+    Description,
     Ends,
     TorchWire,
     Zeros,
     compare,
+    cpu_backend,
     describe,
     has_messages,
 )
@@ -36,7 +39,6 @@ def pack_sends(
     stages: _PipelineStageBase | Sequence[_PipelineStageBase],
     pipeline_codec: str | Codec = "auto",
     *,
-    masks: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None,
     checksum: bool = False,
 ) -> None:
     """Have pipeline stages send only what the next one reads. A collective of the pipeline's ranks.
@@ -52,44 +54,75 @@ def pack_sends(
         stages: all that this rank has, of torch's ``PipelineStage`` or ``build_stage``. Their
             class becomes a subclass of what it was.
         pipeline_codec: "auto", "channels", "zeros" or "dense" (docs/pipeline.md), or an object
-            with the methods of ``sparse_comm.pipeline.Codec``.
-        masks: for "channels" and "auto": the masks by which the stages are pruned, by the names of
-            each stage's module, one mapping a stage; not needed for compact stages.
+            with the methods of ``sparse_comm.pipeline.Codec``. Channels are those of the masks of
+            compact stages.
         checksum: whether messages carry one, at some 0.5 ms a MB.
 
     Raises:
-        ValueError: on all ranks: an unknown codec; stages with different codecs; "zeros" where
-            stages are not on CPUs, or the group is not gloo's.
+        ValueError: on all ranks: an unknown codec; stages with different codecs, or not all of
+            them; "zeros" where stages are not on CPUs, or the group is not gloo's.
+        RuntimeError: on all ranks: other channels than torch has settled the sizes of messages for.
 
     Source: ours.
     """
     given = list(stages) if isinstance(stages, Sequence) else [stages]
-    of_each = list(masks) if isinstance(masks, Sequence) else [masks] * len(given)
     group = given[0].group or dist.group.WORLD
+    assert group is not None
 
-    def mine() -> list[Any]:
-        if len(of_each) != len(given):
-            raise ValueError(f"{len(of_each)} mappings of masks for {len(given)} stages")
+    def mine() -> list[Description]:
         for stage in given:
-            has_messages(pipeline_codec, stage.device, dist.get_backend(group))
+            has_messages(pipeline_codec, stage.device, cpu_backend(group))
         return [
-            describe(stage.stage_index, _module(stage), pipeline_codec, of_stage, checksum)
-            for stage, of_stage in zip(given, of_each, strict=True)
+            describe(stage.stage_index, _module(stage), pipeline_codec, checksum=checksum)
+            for stage in given
         ]
 
     described = on_all_ranks(mine, group)
-    planned = compare([one for part in gather(described, group) for one in part])
-    assert group is not None
+    everywhere = [one for part in gather(described, group) for one in part]
+    planned = compare(everywhere, given[0].num_stages)
+    on_all_ranks(lambda: _check_sizes(given, planned, pipeline_codec), group)
     _calls[group.group_name] = call = _calls.get(group.group_name, -1) + 1
-    for stage, description, of_stage in zip(given, described, of_each, strict=True):
+    plans = []
+    for stage, description in zip(given, described, strict=True):
         if isinstance(stage, PackedStage):
-            stage._unpack(changed=description.codec == "channels")
+            stage._unpack()
         if pipeline_codec == "dense":
             continue
         object.__setattr__(stage, "__class__", _class(type(stage)))
         assert isinstance(stage, PackedStage)
-        start = _TAG + call * 4 * stage.num_stages
-        stage._sparse_comm = _Plan(stage, description, planned, pipeline_codec, of_stage, start)
+        tag = _TAG + call * 4 * stage.num_stages
+        plans.append(_Plan(stage, description, planned, pipeline_codec, tag))
+        stage._sparse_comm = plans[-1]
+    for plan in plans:
+        plan.of_rank = plans
+
+
+def _check_sizes(
+    stages: Sequence[_PipelineStageBase], planned: Mapping[int, Any], codec: str | Codec
+) -> None:
+    """Refuse channels whose messages torch would take for others."""
+    for stage in stages:
+        if has_messages(codec, stage.device, cpu_backend(stage.group)):
+            continue
+        index = stage.stage_index
+        now = (None, None) if codec == "dense" else (planned.get(index - 1), planned.get(index))
+        plan = getattr(stage, "_sparse_comm", None)
+        before = (None, None) if plan is None else plan.ends.channels
+        if stage.args_recv_info and [_kept(c) for c in before] != [_kept(c) for c in now]:
+            raise RuntimeError(
+                f"stage {index} would send other channels than in its first step, in which torch "
+                "has settled the sizes: build stages and schedule anew"
+            )
+        given = getattr(stage, "_user_meta", None)
+        if now != (None, None) and given is not None and (given.inputs or given.outputs):
+            raise ValueError(
+                f"stage {index} was built with input_args or output_args, of all channels; leave "
+                "them out, so that torch sees the sizes that are sent, or use 'dense'"
+            )
+
+
+def _kept(channels: Any) -> list[int] | None:
+    return None if channels is None else channels.kept.tolist()
 
 
 def _module(stage: _PipelineStageBase) -> nn.Module:
@@ -107,12 +140,18 @@ class _Plan:
         description: Any,
         planned: Any,
         codec: str | Codec,
-        masks: Mapping[str, Tensor] | None,
         tag: int,
     ) -> None:
         self.stage, self.codec, self.tag, self.checksum = stage, codec, tag, description.checksum
-        self._arguments = (_module(stage), description, planned, codec, masks)
+        self._arguments = (_module(stage), description, planned, codec)
         self._ends: Ends | None = None
+        self.of_rank: Sequence[_Plan] = [self]
+
+    def end_step(self) -> None:
+        """Wait for what this rank has sent, if this is its stage that goes backward last."""
+        if self.stage.stage_index == min(plan.stage.stage_index for plan in self.of_rank):
+            for plan in self.of_rank:
+                plan.ends.end_step()
 
     @property
     def ends(self) -> Ends:
@@ -120,7 +159,7 @@ class _Plan:
         if self._ends is None:
             index = self.stage.stage_index
             before = behind = None
-            if has_messages(self.codec, self.stage.device, dist.get_backend(self.stage.group)):
+            if has_messages(self.codec, self.stage.device, cpu_backend(self.stage.group)):
                 before, behind = self._boundary(index - 1, index), self._boundary(index + 1, index)
             self._ends = Ends(*self._arguments, before, behind)
         return self._ends
@@ -150,16 +189,12 @@ class PackedStage(_PipelineStageBase):
 
     _sparse_comm: _Plan
 
-    def _unpack(self, changed: bool) -> None:
-        plan = self._sparse_comm
-        if plan._ends is None:
-            return
-        if changed and self.args_recv_info:
-            raise RuntimeError(
-                "pipeline_codec='channels' sends tensors of sizes that torch has settled in the "
-                "first step: build stages and schedule anew after update_masks, or use 'auto'"
-            )
-        plan._ends.remove()
+    def _unpack(self) -> None:
+        """Make it torch's own again."""
+        plan = self.__dict__.pop("_sparse_comm")
+        if plan._ends is not None:
+            plan._ends.remove()
+        object.__setattr__(self, "__class__", type(self).__mro__[2])
 
     def clear_runtime_states(self) -> None:
         """As torch's: at the beginning of a step."""
@@ -171,7 +206,8 @@ class PackedStage(_PipelineStageBase):
 
         A norm that is in training would keep statistics of that.
         """
-        self._buffers_before = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
+        if isinstance(self, PipelineStage):  # which cleans up
+            self._buffers_before = [(buffer, buffer.clone()) for buffer in self.submod.buffers()]
         return super()._prepare_forward_infra(*args, **kwargs)  # type: ignore[safe-super]
 
     def _post_metadata_inference_cleanup(self) -> None:
@@ -211,7 +247,10 @@ class PackedStage(_PipelineStageBase):
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """As torch's; nothing if the messages are ours."""
+        is_last = self.has_backward and bwd_chunk_id == len(self.args_recv_info) - 1
         if (boundary := self._sparse_comm.ends.before) is None or not self.has_backward:
+            if is_last:
+                self._sparse_comm.end_step()
             return super().get_bwd_send_ops(bwd_chunk_id)
         gradients = list(self.bwd_cache.pop(bwd_chunk_id))
         for number, info in enumerate(self.args_recv_info[bwd_chunk_id]):
@@ -219,6 +258,8 @@ class PackedStage(_PipelineStageBase):
             if gradients[number] is None and tensor is not None and tensor.requires_grad:
                 gradients[number] = tensor.new_zeros(tensor.shape)  # as torch sends
         boundary.send(gradients, bwd_chunk_id)
+        if is_last:
+            self._sparse_comm.end_step()
         return []
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:

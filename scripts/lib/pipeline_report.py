@@ -141,7 +141,7 @@ def verdicts(rows: Sequence[Row], judge_times: bool) -> list[Verdict]:
 def _of_bytes(where: str, found: dict[str, Row]) -> list[Verdict]:
     zeros, channels, dense = found[ZEROS], found[CHANNELS], found[DENSE]
     judged = []
-    if zeros.share[0] < 1:
+    if zeros.share[0] < 1 and len(zeros.zeros) == 1:  # else of several dtypes
         most = zeros.nonzero + 1 / (8 * (4 if zeros.section[2] == "fp32" else 2)) + MARGIN
         texts = [("activations, their bits included", zeros.share[0], most)]
         if zeros.share[1] < zeros.share[0]:  # else not all that is sent has a ReLU behind it

@@ -7,7 +7,7 @@ from .dense import Dense
 from .ends import CODECS, Description, Ends, check_codec, compare, describe, has_messages
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
-from .wire import Incoming, TorchWire, Wire
+from .wire import Incoming, TorchWire, Wire, cpu_backend
 from .zeros import Zeros
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Zeros",
     "check_codec",
     "compare",
+    "cpu_backend",
     "decode",
     "describe",
     "encode",

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_comm.compact import is_compact, masks_of
 from sparse_comm.compact.module import compact_slots
@@ -95,7 +95,7 @@ def describe(
     index: int,
     stage: nn.Module,
     codec: str | Codec,
-    masks: Mapping[str, Tensor] | None = None,
+    *,
     checksum: bool = False,
 ) -> Description:
     """The description of a stage.
@@ -104,33 +104,35 @@ def describe(
         index: of the stage in the pipeline.
         stage: its module.
         codec: that was asked for.
-        masks: by the stage's names; those of a compact stage if not given.
         checksum: whether messages have one.
 
     Raises:
         ValueError: an unknown codec.
     """
     check_codec(codec)
-    if masks is None and is_compact(stage):
-        masks = masks_of(stage)
     reads = writes = None
-    if codec in ("auto", "channels") and masks:
-        reads, writes = sides_of(stage, masks)
+    # Of dense stages the gradients of pruned weights are looked at: clipping, regrowth.
+    if codec in ("auto", "channels") and is_compact(stage):
+        reads, writes = sides_of(stage, masks_of(stage))
     name = codec if isinstance(codec, str) else codec.name
     return Description(index, name, checksum, reads, writes)
 
 
-def compare(described: Sequence[Description]) -> dict[int, Channels | None]:
+def compare(
+    described: Sequence[Description], count: int | None = None
+) -> dict[int, Channels | None]:
     """Check that neighbours fit, and plan the channels between them. The same on every rank.
 
     Args:
         described: all stages of the pipeline, in any order; replicas of a stage may come, too.
+        count: of the stages, if some may be missing.
 
     Returns:
         The channels of the boundary behind each stage but the last.
 
     Raises:
-        ValueError: naming the boundary: neighbours have different codecs, or replicas masks.
+        ValueError: naming the boundary: neighbours have different codecs, or replicas masks; or
+            stages are missing.
     """
     stages: dict[int, Description] = {}
     for one in described:
@@ -140,6 +142,12 @@ def compare(described: Sequence[Description]) -> dict[int, Channels | None]:
                 f"replicas of stage {one.index} have different masks next to its boundaries, or "
                 f"codecs ({known.codec!r} and {one.codec!r}): give all replicas the same"
             )
+    if missing := sorted({*range(count or len(stages))} - stages.keys()):
+        names = ", ".join(map(str, missing))
+        raise ValueError(
+            f"stages {names} of {count or len(stages)} are missing: give all stages of a rank in "
+            "one call, and call it on all ranks of the pipeline"
+        )
     planned = {}
     for index in sorted(stages)[:-1]:
         writer, reader = stages[index], stages[index + 1]
@@ -183,7 +191,6 @@ class Ends:
         description: of ``describe``.
         planned: of ``compare``.
         codec: that was asked for.
-        masks: as in ``describe``.
         before: this end of the boundary before the stage; None if it is the first, or if the
             framework's own messages are used.
         behind: of the boundary behind it.
@@ -196,7 +203,6 @@ class Ends:
         description: Description,
         planned: Mapping[int, Channels | None],
         codec: str | Codec,
-        masks: Mapping[str, Tensor] | None,
         before: Boundary | None,
         behind: Boundary | None,
         logs: bool = True,

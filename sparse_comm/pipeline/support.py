@@ -59,7 +59,7 @@ def support_of(tensor: Tensor) -> Support | None:
 
     Source: ours.
     """
-    if tensor.grad_fn is None or tensor._backward_hooks or tensor.retains_grad:
+    if tensor.grad_fn is None or tensor.retains_grad or any(map(_looks, _hooks(tensor))):
         return None
     try:
         found = _support(tensor.grad_fn, tensor)
@@ -70,6 +70,15 @@ def support_of(tensor: Tensor) -> Support | None:
     if found.entries is not None and found.entries.numel() != tensor.numel():
         return None
     return found
+
+
+def _hooks(tensor: Tensor) -> list[Any]:
+    return list((tensor._backward_hooks or {}).values())
+
+
+def _looks(hook: Any) -> bool:
+    """Whether a hook may look at the whole gradient; DeepSpeed's own scale its entries."""
+    return not str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
 def _support(made_by: Any, tensor: Tensor | None) -> Support | None:

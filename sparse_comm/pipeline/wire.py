@@ -24,7 +24,7 @@ from torch import Tensor
 from .codec import MessageError
 from .message import HEADER, announcement, read_header
 
-__all__ = ["Inbox", "Incoming", "Message", "Outbox", "TorchWire", "Wire"]
+__all__ = ["Inbox", "Incoming", "Message", "Outbox", "TorchWire", "Wire", "cpu_backend"]
 
 _ROOM = 1 << 12  # a multiple of it is a buffer's size
 _MANY = 8  # messages that may be leaving before a thread waits for them
@@ -73,6 +73,12 @@ class TorchWire:
         work = dist.irecv(tensor, self._rank, self._group, self._tag)
         assert work is not None
         return work
+
+
+def cpu_backend(group: dist.ProcessGroup | None = None) -> str:
+    """The backend that carries a group's CPU tensors: "gloo", "mpi" or another; "" if none does."""
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends.get("cpu", "")
 
 
 class _Room:

@@ -50,7 +50,10 @@ _POOLS = _names(
 )
 _CONVOLUTIONS = _names("conv1d conv2d conv3d")
 _LAYERS = _CONVOLUTIONS | _names("linear embedding batch_norm multi_head_attention_forward")
-_SHAPE = _names("size dim numel __len__ is_floating_point get_device stride")
+_SHAPE = _names(
+    "size dim ndimension numel nelement __len__ is_floating_point is_complex get_device stride "
+    "is_contiguous storage_offset element_size data_ptr __hash__ __repr__ __format__"
+)
 
 
 @dataclass
@@ -79,6 +82,8 @@ class ChannelGraph(TorchFunctionMode):
     _ties: list[np.ndarray] = field(default_factory=list)
     _protected: list[np.ndarray] = field(default_factory=list)
     _numbers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _made: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by weight and dimension
+    _read: dict[int, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -108,10 +113,13 @@ class ChannelGraph(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         result = function(*args, **kwargs)
-        if name in _SHAPE or not _tensors(result):
+        if name in _SHAPE or (name == "__get__" and not _tensors(result)):
+            return result
+        if not _tensors(result):  # written to something, or read off as numbers
+            self.protect(args, kwargs)
             return result
         rule = self._rule(name)
-        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        given = _tensors((args, kwargs))
         if name in _LAYERS or any(self._of(tensor) is not None for tensor in given):
             rule(function, result, args, kwargs)
         return result
@@ -171,6 +179,7 @@ class ChannelGraph(TorchFunctionMode):
         self.protect(args, kwargs)
 
     def _same(self, function: Any, result: Any, args: Any, kwargs: Any) -> None:
+        self.protect(args[1:], kwargs)  # an exponent, say
         numbers = self._of(args[0]) if args else None
         if numbers is None or not isinstance(result, Tensor):
             self._unknown(function, result, args, kwargs)
@@ -191,7 +200,9 @@ class ChannelGraph(TorchFunctionMode):
             self._set(tensor, of)
 
     def _binary(self, function: Any, result: Any, args: Any, kwargs: Any) -> None:
-        tensors = [t for t in args[:2] if isinstance(t, Tensor) and t.numel() > 1]
+        given = _tensors((args, kwargs))
+        tensors = [t for t in given if t.numel() > 1] or given
+        self.protect([t for t in given if t.numel() == 1 and len(given) > 1])
         known = [torch.full(t.shape, -1) if (n := self._of(t)) is None else n for t in tensors]
         if len(known) == 2:
             self._tie(*known)
@@ -225,7 +236,7 @@ class ChannelGraph(TorchFunctionMode):
     def _linear(self, function: Any, result: Any, args: Any, kwargs: Any) -> None:
         x, weight, bias = _parameters(args, kwargs)
         read = self._along(x, -1)
-        if read is not None:
+        if self._reads(weight, read) and read is not None:
             self.uses.append(Use(weight, read[None].numpy(), writes=False))
         self._written(result, weight, bias, -1)
 
@@ -234,7 +245,7 @@ class ChannelGraph(TorchFunctionMode):
         groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         read = self._along(x, 1)
         numbers = self._written(result, weight, bias, 1)
-        if read is None:
+        if not self._reads(weight, read) or read is None:
             return
         if groups > 1 and weight.shape[1] == 1 and weight.shape[0] == len(read):
             self._tie(numbers, read)  # depthwise
@@ -243,18 +254,43 @@ class ChannelGraph(TorchFunctionMode):
         shape = (*rows.shape, *[1] * (weight.ndim - 2))
         self.uses.append(Use(weight, rows.reshape(shape).numpy(), writes=False))
 
+    def _reads(self, weight: Tensor, read: Tensor | None) -> bool:
+        """Whether this is the weight's first use; others read the same channels, or keep them."""
+        if id(weight) not in self._read:
+            self._read[id(weight)] = read
+            return True
+        before = self._read[id(weight)]
+        if before is not None and read is not None:
+            self._tie(before, read)
+        else:
+            for numbers in (before, read):
+                if numbers is not None:
+                    self._protected.append(np.unique(numbers[numbers >= 0].numpy()))
+        return False
+
     def _written(self, result: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
-        numbers = self._new(weight.shape[0])
+        if (embedding := self._made.get((id(weight), 1))) is not None:  # tied to one
+            self._protected.append(embedding.numpy())
+        shape = (-1, *[1] * (result.ndim - 1 - dim % result.ndim))
+        if (numbers := self._made.get((id(weight), 0))) is not None:  # used before
+            self._set(result, numbers.reshape(shape))
+            return numbers
+        numbers = self._made[id(weight), 0] = self._new(weight.shape[0])
+        self._set(result, numbers.reshape(shape))
         shape = (-1, *[1] * (weight.ndim - 1))
         self.uses.append(Use(weight, numbers.reshape(shape).numpy(), writes=True, scores=True))
         if bias is not None:
             self.uses.append(Use(bias, numbers.numpy(), writes=True))
-        self._set(result, numbers.reshape(-1, *[1] * (result.ndim - 1 - dim % result.ndim)))
         return numbers
 
     def _embedding(self, function: Any, result: Any, args: Any, kwargs: Any) -> None:
         weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        numbers = self._new(weight.shape[1])
+        if (numbers := self._made.get((id(weight), 1))) is not None:  # used before
+            self._set(result, numbers)
+            return
+        numbers = self._made[id(weight), 1] = self._new(weight.shape[1])
+        if (id(weight), 0) in self._made:  # tied to a head that reads these columns
+            self._protected.append(numbers.numpy())
         self.uses.append(Use(weight, numbers[None].numpy(), writes=True, scores=True))
         self._set(result, numbers)
 

@@ -61,6 +61,7 @@ def train(
     loss_fn: Callable[..., Tensor] = F.cross_entropy,
     compact: bool = True,
     data: Callable[[int], Any] | None = None,
+    then: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Losses, and the dense weights after the last step."""
@@ -78,6 +79,8 @@ def train(
     built = schedule(stages if stages_a_rank > 1 else stages[0], micro_batches, loss_fn=loss_fn)
     if codec is not None:
         pack_sends(stages, codec, **options)
+        if then is not None:
+            pack_sends(stages, then)
     losses: list[float] = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -279,6 +282,65 @@ def bad_input_is_refused_on_all_ranks(rank: int, world_size: int) -> None:
         pack_sends(stage, "dense" if rank == 0 else "zeros")
     with pytest.raises(ValueError, match="the boundary between stages 0 and 1"):
         pack_sends(stage, "zeros", checksum=rank == 0)
+
+
+@case(CASES)
+@on_two
+def dense_again(rank: int, world_size: int) -> None:
+    """Before the first step, and after some."""
+    plain = train(mlp, None, steps=4)
+    result = train(mlp, "zeros", steps=2)
+    (stage,) = result["stages"]
+    packed_class = type(stage)
+    pack_sends(stage, "dense")
+    assert type(stage) is PipelineStage
+    assert packed_class is not PipelineStage
+    assert not hasattr(stage, "_sparse_comm")
+    result = train(mlp, "zeros", steps=4, then="dense")
+    same(plain, result)
+
+
+@case(CASES)
+@on_two
+def sizes_that_torch_has_settled_stay(rank: int, world_size: int) -> None:
+    result = train(mlp, "channels", steps=2)
+    (stage,) = result["stages"]
+    for codec in ("dense", "channels"):
+        masks = sparse_comm.masks_of(stage.submod)
+        grown = {name: torch.ones_like(mask) for name, mask in masks.items()}
+        sparse_comm.update_masks(stage.submod, grown)
+        with pytest.raises(RuntimeError, match="would send other channels than in its first step"):
+            pack_sends(stage, codec)
+    module = mlp(rank, world_size)
+    sparse_comm.compact(module, masks_of_stage(module))
+    x, y = torch.zeros(2, 24 if rank == 0 else 40), torch.zeros(2, 5 if rank else 40)
+    static = PipelineStage(module, rank, 2, torch.device("cpu"), input_args=x, output_args=y)
+    with pytest.raises(ValueError, match="was built with input_args or output_args"):
+        pack_sends(static, "channels")
+
+
+@case(CASES)
+@on_two
+def a_stage_that_is_left_out_is_named(rank: int, world_size: int) -> None:
+    made = [
+        PipelineStage(mlp(index, 4), index, 4, torch.device("cpu")) for index in (rank, rank + 2)
+    ]
+    with pytest.raises(ValueError, match="stages 2, 3 of 4 are missing"):
+        pack_sends(made[:1])
+
+
+@case(CASES)
+@on_two
+def statistics_of_norms_are_not_spoilt_by_the_first_step(rank: int, world_size: int) -> None:
+    """torch runs stages on memory that nobody has written, to learn shapes."""
+
+    def make(index: int, count: int) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(24), nn.Linear(24, 24 if index == 0 else 5))
+
+    result = train(make, "zeros", steps=3, compact=False)
+    norm = result["stages"][0].submod[0]
+    assert norm.num_batches_tracked == 3 * 4
+    assert norm.running_mean.abs().max() < 10
 
 
 @case(CASES)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sparse_comm.kernels import use_backend
 from sparse_comm.pipeline import Dense, MessageError, Zeros, decode, encode
@@ -245,6 +246,107 @@ def test_an_infinite_gradient_is_seen_through_dropout():
     gradient[y == 0] = torch.inf
     back, _ = encode([gradient], Zeros(), theirs)
     assert same(decode(back, mine)[0][0], gradient)
+
+
+class Relu(torch.autograd.Function):
+    """Another than torch's, of the same name: its gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def of_the_same_name(x):
+    return Relu.apply(x)
+
+
+def written_to(x):
+    y = F.relu6(x)
+    with torch.no_grad():
+        y[:, :2].zero_()
+    return y
+
+
+def copy_written_to(x):
+    y = torch.relu(x).clone()
+    with torch.no_grad():
+        y[:, :2].zero_()
+    return y
+
+
+def square_written_to(x):
+    y = torch.relu(x).square()
+    with torch.no_grad():
+        y.add_(1)
+    return y
+
+
+def hooked(x):
+    y = torch.relu(x)
+    y.register_hook(lambda gradient: gradient / gradient.norm())
+    return y
+
+
+def retained(x):
+    y = torch.relu(x)
+    y.retain_grad()
+    return y
+
+
+def halves_multiplied(x):
+    one, other = torch.relu(x).chunk(2, 1)
+    return one * other
+
+
+def broadcast(x):
+    return torch.relu(x[:, :1]) * torch.linspace(0.5, 1, 4).view(1, 4, 1, 1)
+
+
+def gradient_of_a_gradient(x):
+    y = torch.relu(x).square().sum()
+    return torch.autograd.grad(y, x, create_graph=True)[0].relu() + 0
+
+
+def checkpointed_square(x):
+    return checkpoint(squared_relu, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(of_the_same_name, written_to, copy_written_to, square_written_to, hooked, retained),
+        *(halves_multiplied, broadcast, gradient_of_a_gradient, checkpointed_square),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_where_it_is_not_certain_the_gradient_is_sent(function):
+    y = function(around_zero())
+    message, mine = encode([y], Zeros())
+    (received,), theirs = decode(message)
+    assert same(received, y.detach().contiguous())
+    assert mine == theirs == [None]
+
+
+def test_a_send_computes_nothing_of_a_checkpointed_stage():
+    calls = []
+
+    def stage(x):
+        calls.append(1)
+        return torch.relu(x).square()
+
+    y = checkpoint(stage, around_zero(), use_reentrant=False)
+    encode([y], Zeros())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("factor", [torch.inf, -2.0])
+def test_products_keep_every_bit(factor):
+    y = torch.relu(around_zero()) * factor
+    assert same(decode(encode([y], Zeros())[0])[0][0], y.detach())
 
 
 def test_what_was_overwritten_since_is_not_read():
