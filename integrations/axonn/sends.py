@@ -6,7 +6,6 @@ the one that comes first, over boundaries that pack and over those that do not.
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from sparse_comm.pipeline import (
     has_messages,
 )
 
-from .modules import ax, config, mpi
+from .modules import ax, config
 from .start import State
 from .transport import Awaited, MPITransport, TorchTransport, in_memory
 
@@ -107,14 +106,9 @@ class Sends:
         return Posted(request, take)
 
     def first(self, posted: Sequence[Posted]) -> int:
-        """Wait until one of the messages has come; returns which."""
-        if len(posted) == 1:
-            return 0
-        if isinstance(self._transport, MPITransport):
-            return int(mpi.Request.Waitany([one.of_mpi() for one in posted]))
-        pending = [one.in_thread() for one in posted]
-        futures.wait(pending, return_when=futures.FIRST_COMPLETED)
-        return next(n for n, future in enumerate(pending) if future.done())
+        """Wait until one of the messages has come, or its first part; returns which."""
+        assert self._transport is not None
+        return self._transport.first([one.under_way for one in posted])
 
     def flush(self) -> None:
         """Wait until all have left."""
@@ -141,18 +135,13 @@ class Posted:
     request: Any
     take: Callable[[], Tensor]
 
-    def in_thread(self) -> futures.Future[Any]:
-        """Done when it has come, or its first part."""
-        waits: Awaited = self.request.message if self._is_packed else self.request
-        return waits.in_thread()
-
-    def of_mpi(self) -> Any:
-        """MPI's request."""
-        return self.request.message.request if self._is_packed else self.request
-
     @property
-    def _is_packed(self) -> bool:
-        return isinstance(self.request, Incoming)
+    def under_way(self) -> Any:
+        """What the transport knows of it."""
+        if not isinstance(self.request, Incoming):
+            return self.request
+        message = self.request.message
+        return message.request if isinstance(message, _MPIMessage) else message
 
 
 def _only(tensors: list[Tensor | None]) -> Tensor:

@@ -119,20 +119,27 @@ class TorchTransport:
 class Awaited:
     """A message that is to come."""
 
-    __slots__ = ("_future", "_thread", "_work")
+    __slots__ = ("_future", "_has_come", "_thread", "_work")
 
     def __init__(self, work: Any, thread: _Thread) -> None:
-        self._work, self._thread = work, thread
+        self._work, self._thread, self._has_come = work, thread, False
         self._future: futures.Future[Any] | None = None
 
     def in_thread(self) -> futures.Future[Any]:
         """Let the thread wait for it."""
-        if self._future is None:
+        if self._future is None and self._has_come:
+            self._future = futures.Future()
+            self._future.set_result(None)
+        elif self._future is None:
             self._future = self._thread.submit(self._work.wait)
         return self._future
 
     def Wait(self) -> None:
-        self._work.wait() if self._future is None else self._future.result()
+        if self._future is not None:
+            self._future.result()
+        elif not self._has_come:  # gloo waits for another one if it is asked again
+            self._work.wait()
+            self._has_come = True
 
     def Test(self) -> bool:
         return self.in_thread().done()

@@ -1,10 +1,11 @@
 """Sends between pipeline stages that carry only what the next stage reads."""
 
+from .agreement import CODECS, Description, check_codec, compare, describe, has_messages
 from .boundary import Boundary, Traffic
 from .channels import Channels, Keep, Restore, insert, plan_channels
 from .codec import Codec, Kept, MessageError
 from .dense import Dense
-from .ends import CODECS, Description, Ends, check_codec, compare, describe, has_messages
+from .ends import Ends
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
 from .wire import Incoming, TorchWire, Wire, cpu_backend
