@@ -33,7 +33,8 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 import sparse_comm
 from tests.compact.models import random_masks, same_nnz_masks, same_state, zero_pruned_
 from tests.integrations.cases import Cases, case, passed
-from tests.integrations.deepspeed.training import mask_gradients, shared_folder
+from tests.integrations.deepspeed.training import mask_gradients
+from tests.launch import shared_folder
 
 CASES: Cases = {}
 TIMEOUT = 250
