@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("lz4")
+
 from scripts.lib.pipeline_kinds import BF16, EXACT, KINDS, LZ4, NOTHING, SAME_WAY, ZLIB, codec_of
 from scripts.lib.pipeline_models import ALL, IMAGES, MODELS, stages
 from sparse_comm.pipeline import decode, encode
-
-pytest.importorskip("lz4")
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "compare_comm.py"
 

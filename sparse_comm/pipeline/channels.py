@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .layers import OURS, READERS, Side, layers_of, read_channels, written_channels
 
-__all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels"]
+__all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels", "sides_of"]
 
 
 @dataclass(frozen=True)

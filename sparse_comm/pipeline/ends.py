@@ -57,7 +57,7 @@ class Ends:
         behind: Boundary | None,
         logs: bool = True,
     ) -> None:
-        self.stage, self.description, self.codec = stage, description, codec
+        self.stage, self.description = stage, description
         self.before, self.behind = before, behind
         self.channels = planned.get(description.index - 1), planned.get(description.index)
         self._logs = logs
