@@ -21,7 +21,8 @@ from sparse_comm.pipeline import (
     Ends,
     Incoming,
     TorchWire,
-    Zeros,
+    Wire,
+    boundary_between,
     compare,
     describe,
     has_messages,
@@ -185,24 +186,21 @@ def _boundary(
     """This end of the boundary to another stage."""
     if not 0 <= other < config.G_inter:
         return None
-    first = min(index, other)
-    tags = _TAG + 2 * first, _TAG + 2 * first + 1  # of activations, of gradients
-    out, back = tags if other > index else tags[::-1]
-    wires: list[Any]
-    if isinstance(state.transport, MPITransport):
-        wires = [_MPIWire(other, out), _MPIWire(other, back)]
-    else:
-        rank = dist.get_process_group_ranks(state.pipeline)[other]
-        wires = [TorchWire(state.pipeline, rank, out), _TorchWire(state, other, rank, back)]
-    chosen = codec if not isinstance(codec, str) else Zeros()
-    name = f"stages {first} and {first + 1}"
-    return Boundary(name, chosen, *wires, writes=other > index, checksum=checksum)
+    first = _TAG + 2 * min(index, other)
+
+    def wire(way: int) -> Wire:
+        if isinstance(state.transport, MPITransport):
+            return _MPIWire(other, first + way)
+        return _TorchWire(state, other, first + way)
+
+    return boundary_between(index, other, codec, wire, checksum)
 
 
 class _TorchWire(TorchWire):
     """torch.distributed's, whose messages may be waited for in a thread of the transport."""
 
-    def __init__(self, state: State, stage: int, rank: int, tag: int) -> None:
+    def __init__(self, state: State, stage: int, tag: int) -> None:
+        rank = dist.get_process_group_ranks(state.pipeline)[stage]
         super().__init__(state.pipeline, rank, tag)
         assert isinstance(state.transport, TorchTransport)
         self._transport, self._stage = state.transport, stage

@@ -22,7 +22,7 @@ from sparse_comm.pipeline import (
     Description,
     Ends,
     TorchWire,
-    Zeros,
+    boundary_between,
     compare,
     cpu_backend,
     describe,
@@ -161,13 +161,12 @@ def _boundary(engine: Engine, other: int, codec: str | Codec, checksum: bool) ->
     rank = engine.grid.stage_to_global(stage_id=other)
     group = dist.group.WORLD
     assert group is not None
-    first = min(other, engine.stage_id)
-    forward, backward = (TorchWire(group, rank, _TAG + 2 * first + n) for n in (0, 1))
-    out, back = (forward, backward) if other > engine.stage_id else (backward, forward)
-    chosen = codec if not isinstance(codec, str) else Zeros()
-    writes = other > engine.stage_id
-    name = f"stages {first} and {first + 1}"
-    return Boundary(name, chosen, out, back, writes=writes, checksum=checksum)
+    first = _TAG + 2 * min(other, engine.stage_id)
+
+    def wire(way: int) -> TorchWire:
+        return TorchWire(group, rank, first + way)
+
+    return boundary_between(engine.stage_id, other, codec, wire, checksum)
 
 
 class PackedSends(PipelineEngine):

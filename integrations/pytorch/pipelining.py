@@ -22,7 +22,7 @@ from sparse_comm.pipeline import (
     Description,
     Ends,
     TorchWire,
-    Zeros,
+    boundary_between,
     compare,
     cpu_backend,
     describe,
@@ -175,13 +175,12 @@ class _Plan:
         group = stage.group or dist.group.WORLD
         assert group is not None
         global_rank = dist.get_global_rank(group, rank)
-        first = self.tag + 2 * min(other, index)  # that of activations; of gradients the next
-        forward, backward = (TorchWire(group, global_rank, first + n) for n in (0, 1))
-        name = f"stages {min(other, index)} and {max(other, index)}"
-        out, back = (forward, backward) if other > index else (backward, forward)
-        codec = self.codec if not isinstance(self.codec, str) else Zeros()
-        writes = other > index
-        return Boundary(name, codec, out, back, writes=writes, checksum=self.checksum)
+        first = self.tag + 2 * min(other, index)
+
+        def wire(way: int) -> TorchWire:
+            return TorchWire(group, global_rank, first + way)
+
+        return boundary_between(index, other, self.codec, wire, self.checksum)
 
 
 class PackedStage(_PipelineStageBase):

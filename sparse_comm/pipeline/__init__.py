@@ -1,7 +1,7 @@
 """Sends between pipeline stages that carry only what the next stage reads."""
 
 from .agreement import CODECS, Description, check_codec, compare, describe, has_messages
-from .boundary import Boundary, Traffic
+from .boundary import Boundary, Traffic, boundary_between
 from .channels import Channels, Keep, Restore, insert, plan_channels
 from .codec import Codec, Kept, MessageError
 from .dense import Dense
@@ -29,6 +29,7 @@ __all__ = [
     "Traffic",
     "Wire",
     "Zeros",
+    "boundary_between",
     "check_codec",
     "compare",
     "cpu_backend",

@@ -7,7 +7,7 @@ what a codec wants to know of a micro-batch from its activation to its gradient.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,8 +17,9 @@ from sparse_comm.reduce.span import span
 from .codec import Codec, Kept, MessageError
 from .message import decode, encode, read_header
 from .wire import Inbox, Incoming, Outbox, Wire
+from .zeros import Zeros
 
-__all__ = ["Boundary", "Traffic"]
+__all__ = ["Boundary", "Traffic", "boundary_between"]
 
 
 @dataclass
@@ -163,3 +164,22 @@ class Boundary:
         taken = self._sent, self._received
         self._sent, self._received = Traffic(), Traffic()
         return taken
+
+
+def boundary_between(
+    index: int, other: int, codec: str | Codec, wire: Callable[[int], Wire], checksum: bool
+) -> Boundary:
+    """A stage's end of the boundary to a neighbour.
+
+    Args:
+        index: of the stage.
+        other: of its neighbour.
+        codec: that was asked for; by name, zeros are left out until ``auto`` has chosen.
+        wire: makes one, to or from the neighbour: 0 of activations, 1 of gradients.
+        checksum: whether messages have one.
+    """
+    first, writes = min(index, other), other > index
+    out, back = (wire(0), wire(1)) if writes else (wire(1), wire(0))
+    chosen = Zeros() if isinstance(codec, str) else codec
+    name = f"stages {first} and {first + 1}"
+    return Boundary(name, chosen, out, back, writes=writes, checksum=checksum)
