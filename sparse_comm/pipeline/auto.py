@@ -1,13 +1,16 @@
 """The choice between sending zeros and leaving them out: by what a step has shown, and the link.
 
 Both ends of a boundary choose for what they send, after the first step that trained. Its messages
-left zeros out; they say how many bytes that saves, and what encoding took.
+left zeros out; they say how many bytes that saves, and what encoding and decoding took. The link is
+measured as it would be used: with all bytes as frameworks send them, and with fewer within messages
+of ours, whose own cost is more than zeros save where a link is fast.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -20,9 +23,9 @@ from .zeros import Zeros
 __all__ = ["Choice", "choose"]
 
 _PING = (1 << 32) - 1  # the number of no micro-batch
-_LEAST = 1 << 12  # bytes of a ping
 _BURST = 1 << 21  # bytes that are sent at once, more than a link lets through at first
 _AT_ONCE = 16  # messages at most: of small ones the latency is what counts
+_REPEATS = 3  # that are timed
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,27 @@ def choose(boundary: Boundary, channels: Channels | None) -> Choice:
 
     Source: ours.
     """
-    sent, _ = boundary.take_traffic()
-    rate = _rate(boundary, sent)
-    codec, why = _better(sent, rate)
+    sent, received = boundary.take_traffic()
     each = max(sent.messages, 1)
-    sends = sent.sent if isinstance(codec, Zeros) else sent.dense
-    mine = f"{sent.dense // each} {codec.name}, {sends / each:,.0f} of {{:,}} bytes ({why})"
-    theirs = _swap(boundary, mine)
+    dense, packed = max(sent.dense // each, 1), sent.sent // each
+    theirs = [int(size) for size in _swap(boundary, f"{dense} {packed}").split()]
+    count = min(-(-_BURST // max(dense, theirs[0])), _AT_ONCE)  # the same at both ends
+    times = [
+        _seconds(boundary, dense, theirs[0], count, plain=True),
+        _seconds(boundary, packed, theirs[1], count, plain=False),
+        received.seconds / max(received.messages, 1),
+    ]
+    all_of_it, message, decoding = map(float, _swap(boundary, " ".join(map(str, times))).split())
+    codec, why = _better(sent, all_of_it, message + decoding + sent.seconds / each)
+    sends = packed if isinstance(codec, Zeros) else dense
+    mine = f"{dense} {codec.name}, {sends:,} of {{:,}} bytes ({why})"
+    answers = _swap(boundary, mine)
     planned = f"{channels.why}; " if channels is not None else ""
-    ways = {"activations": mine, "gradients": theirs}
+    ways = {"activations": mine, "gradients": answers}
     said = "; ".join(_said(way, text, channels) for way, text in ways.items())
-    text = f"{boundary.name}, a micro-batch: {planned}{said}; {rate / 1e6:,.0f} MB/s"
-    both_dense = codec.name == "dense" and theirs.split()[1] == "dense,"
+    rate = dense / all_of_it / 1e6
+    text = f"{boundary.name}, a micro-batch: {planned}{said}; {rate:,.0f} MB/s"
+    both_dense = codec.name == "dense" and answers.split()[1] == "dense,"
     return Choice(codec, both_dense, text)
 
 
@@ -80,27 +92,29 @@ def _swap(boundary: Boundary, text: str) -> str:
     return received.numpy().tobytes().decode()
 
 
-def _rate(boundary: Boundary, sent: Traffic) -> float:
-    """Bytes a second that go over a boundary in each direction, both at once, as in a step."""
-    mine = sent.dense // max(sent.messages, 1)
-    size = max(mine, int(_swap(boundary, str(mine))), _LEAST)  # the same at both ends
-    count = min(-(-_BURST // size), _AT_ONCE)
-    for _ in range(2):  # the first finds buffers small, and a shaped link idle
+def _seconds(boundary: Boundary, mine: int, theirs: int, count: int, *, plain: bool) -> float:
+    """Until ``theirs`` bytes have come, if as many go both ways at once as in a step."""
+    found = []
+    for _ in range(1 + _REPEATS):
+        _swap(boundary, "now")
+        if plain:
+            found.append(boundary.exchange_plain(mine, theirs, count))
+            continue
         start = time.perf_counter()
         for _ in range(count):
-            boundary.send([torch.empty(size, dtype=torch.uint8)], _PING)
+            boundary.send([torch.empty(mine, dtype=torch.uint8)], _PING)
         for _ in range(count):
             boundary.receive(_PING)
-        seconds = time.perf_counter() - start
+        found.append(time.perf_counter() - start)
     boundary.take_traffic()
-    return count * size / seconds
+    return median(found[1:]) / count  # the first finds buffers small, and a shaped link idle
 
 
-def _better(sent: Traffic, rate: float) -> tuple[Codec, str]:
-    """The codec that takes less time on this link, counting what it computes on both sides."""
-    saved = (sent.dense - sent.sent) / rate
-    if saved <= 0:
+def _better(sent: Traffic, dense: float, zeros: float) -> tuple[Codec, str]:
+    """The codec that takes less time on this link, of what it sends and computes on both sides."""
+    if sent.sent >= sent.dense:
         return Dense(), "nothing to leave out"
-    if saved < 2 * sent.seconds:
-        return Dense(), "zeros would cost more time than they save"
-    return Zeros(), f"zeros save {saved / sent.messages * 1e3:.2f} ms each"
+    zeros_take, all_takes = f"zeros: {zeros * 1e3:.2f} ms", f"all: {dense * 1e3:.2f} ms"
+    if zeros >= dense:
+        return Dense(), f"{all_takes}, without {zeros_take}"
+    return Zeros(), f"without {zeros_take}, {all_takes}"

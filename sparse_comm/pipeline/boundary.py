@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparse_comm.reduce.span import span
@@ -73,6 +74,7 @@ class Boundary:
         checksum: bool = False,
     ) -> None:
         self.name, self.codec, self._writes, self._checksum = name, codec, writes, checksum
+        self._out, self._back = out, back
         self._outbox = Outbox(out, f"send-{name}")
         self._inbox = Inbox(back, self._read)
         self._coming: dict[int, Incoming] = {}
@@ -146,6 +148,31 @@ class Boundary:
         self._received.add(tensors, message, seconds)
         self._has_received = True
         return tensors, number
+
+    def exchange_plain(self, mine: int, theirs: int, count: int) -> float:
+        """Send and receive bytes without messages around them, as frameworks do.
+
+        Both ends call it while nothing else is under way.
+
+        Args:
+            mine: bytes that this end sends at once.
+            theirs: that it receives.
+            count: how often.
+
+        Returns:
+            Seconds until all have come.
+        """
+        given = torch.empty(mine, dtype=torch.uint8)
+        taken = [torch.empty(theirs, dtype=torch.uint8) for _ in range(count)]
+        start = time.perf_counter()
+        coming = [self._back.receive(tensor) for tensor in taken]
+        leaving = [self._out.send(given) for _ in range(count)]
+        for message in coming:
+            message.wait()
+        seconds = time.perf_counter() - start
+        for message in leaving:
+            message.wait()
+        return seconds
 
     def flush(self) -> None:
         """Wait until all that was sent has left.
