@@ -184,8 +184,8 @@ class Side:
                 self.alone.append(time.perf_counter() - start)
         dist.barrier()
         if self.rank == writer:
-            entries = sum(tensor.numel() for tensor in tensors)
-            self.nonzero = sum(int(tensor.count_nonzero()) for tensor in tensors) / entries
+            other = sum(int(tensor.count_nonzero()) * tensor.itemsize for tensor in tensors)
+            self.nonzero = other / sum(tensor.nbytes for tensor in tensors)
         for way, end in (("forward", "behind"), ("back", "before")):
             if boundary := self._end(end):
                 sent, _ = boundary.take_traffic()

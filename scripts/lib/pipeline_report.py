@@ -42,7 +42,7 @@ class Row:
     difference: float  # largest between two losses, against dense sends
     zeros: list[float]  # of the tensors at the cut
     kept: float  # fraction of the channels that go over the last boundary
-    nonzero: float  # fraction of what goes over it that is not zero
+    nonzero: float  # fraction of the bytes that go over it whose entries are not zero
     share: list[float]  # bytes of a message over it, of dense: activations, gradients
     losses: list[float] = field(repr=False)
     seconds: list[float] = field(repr=False)
@@ -141,7 +141,7 @@ def verdicts(rows: Sequence[Row], judge_times: bool) -> list[Verdict]:
 def _of_bytes(where: str, found: dict[str, Row]) -> list[Verdict]:
     zeros, channels, dense = found[ZEROS], found[CHANNELS], found[DENSE]
     judged = []
-    if zeros.share[0] < 1 and len(zeros.zeros) == 1:  # else of several dtypes
+    if zeros.share[0] < 1:
         most = zeros.nonzero + 1 / (8 * (4 if zeros.section[2] == "fp32" else 2)) + MARGIN
         texts = [("activations, their bits included", zeros.share[0], most)]
         if zeros.share[1] < zeros.share[0]:  # else not all that is sent has a ReLU behind it
@@ -234,13 +234,39 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+SHORT_KINDS = (*OURS, NOTHING)
+IN_SHORT = (
+    *("model", "zeros at the cut", f"a message and its answer, alone: {ZEROS}"),
+    *(f"step: {kind}" for kind in SHORT_KINDS),
+)
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """How many times as fast as torch's own dense sends, over each link."""
+    parts = ["## In short", "Times as fast as torch's own dense sends."]
+    for link in dict.fromkeys(row.link for row in rows):
+        lines = []
+        for section in dict.fromkeys(row.section for row in rows):
+            found = {row.kind: row for row in rows if row.place == (link, section)}
+            model, stages, dtype = section
+            ratios = [found[ZEROS].alone_ratio, *(found[k].ratio for k in SHORT_KINDS)]
+            cut = _zeros(found[DENSE])
+            lines.append([f"{model}, {stages} stages, {dtype}", cut, *(r.text(2) for r in ratios)])
+        parts.append(f"{link_name(link)}:")
+        parts.append(results.markdown_table(IN_SHORT, lines))
+    return parts
+
+
+def _zeros(row: Row) -> str:
+    return " and ".join(f"{fraction:.1%}" for fraction in row.zeros)
+
+
 def tables(rows: Sequence[Row]) -> list[str]:
     """A heading and a table for each model over each link."""
     parts = []
     for link, section in places(rows):
         of_this = [row for row in rows if row.place == (link, section)]
-        zeros = " and ".join(f"{fraction:.1%}" for fraction in of_this[0].zeros)
         parts.append(f"## {title_of(link, section)}")
-        parts.append(f"Zeros at the cut after the warm-up: {zeros}.")
+        parts.append(f"Zeros at the cut after the warm-up: {_zeros(of_this[0])}.")
         parts.append(results.markdown_table(HEAD, [cells(row) for row in of_this]))
     return parts
