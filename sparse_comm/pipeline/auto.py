@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 
 import torch
 
@@ -23,9 +23,9 @@ from .zeros import Zeros
 __all__ = ["Choice", "choose"]
 
 _PING = (1 << 32) - 1  # the number of no micro-batch
-_BURST = 1 << 21  # bytes that are sent at once, more than a link lets through at first
-_AT_ONCE = 16  # messages at most: of small ones the latency is what counts
-_REPEATS = 3  # that are timed
+_BURST = 1 << 21  # bytes that a shaped link lets through at once, or more
+_UNTIMED = 16  # messages at most that use it up: of small ones the latency is what counts
+_TIMED = 7
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def choose(boundary: Boundary, channels: Channels | None) -> Choice:
     each = max(sent.messages, 1)
     dense, packed = max(sent.dense // each, 1), sent.sent // each
     theirs = [int(size) for size in _swap(boundary, f"{dense} {packed}").split()]
-    count = min(-(-_BURST // max(dense, theirs[0])), _AT_ONCE)  # the same at both ends
+    untimed = min(-(-_BURST // max(dense, theirs[0])), _UNTIMED)  # the same at both ends
     times = [
-        _seconds(boundary, dense, theirs[0], count, plain=True),
-        _seconds(boundary, packed, theirs[1], count, plain=False),
-        received.seconds / max(received.messages, 1),
+        _seconds(boundary, dense, theirs[0], untimed, plain=True),
+        _seconds(boundary, packed, theirs[1], untimed, plain=False),
+        _typical(received.seconds),
     ]
     all_of_it, message, decoding = map(float, _swap(boundary, " ".join(map(str, times))).split())
-    codec, why = _better(sent, all_of_it, message + decoding + sent.seconds / each)
+    codec, why = _better(sent, all_of_it, message + decoding + _typical(sent.seconds))
     sends = packed if isinstance(codec, Zeros) else dense
     mine = f"{dense} {codec.name}, {sends:,} of {{:,}} bytes ({why})"
     answers = _swap(boundary, mine)
@@ -92,22 +92,24 @@ def _swap(boundary: Boundary, text: str) -> str:
     return received.numpy().tobytes().decode()
 
 
-def _seconds(boundary: Boundary, mine: int, theirs: int, count: int, *, plain: bool) -> float:
-    """Until ``theirs`` bytes have come, if as many go both ways at once as in a step."""
+def _typical(seconds: list[float]) -> float:
+    """Of a message, not counting the first one's start where there are several."""
+    return median_low(seconds) if seconds else 0.0
+
+
+def _seconds(boundary: Boundary, mine: int, theirs: int, untimed: int, *, plain: bool) -> float:
+    """Until ``theirs`` bytes have come, if ``mine`` go the other way at once, as in a step."""
     found = []
-    for _ in range(1 + _REPEATS):
-        _swap(boundary, "now")
-        if plain:
-            found.append(boundary.exchange_plain(mine, theirs, count))
-            continue
+    for _ in range(untimed + _TIMED):
         start = time.perf_counter()
-        for _ in range(count):
+        if plain:
+            boundary.exchange_plain(mine, theirs)
+        else:
             boundary.send([torch.empty(mine, dtype=torch.uint8)], _PING)
-        for _ in range(count):
             boundary.receive(_PING)
         found.append(time.perf_counter() - start)
     boundary.take_traffic()
-    return median(found[1:]) / count  # the first finds buffers small, and a shaped link idle
+    return median(found[untimed:])  # single ones take ten times as long (BBR's pacing)
 
 
 def _better(sent: Traffic, dense: float, zeros: float) -> tuple[Codec, str]:

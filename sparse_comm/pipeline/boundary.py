@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,20 +31,20 @@ class Traffic:
         messages: how many.
         dense: bytes of their tensors.
         sent: bytes of the messages.
-        seconds: of encoding, or of decoding.
+        seconds: of encoding, or of decoding, by message.
     """
 
     messages: int = 0
     dense: int = 0
     sent: int = 0
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
 
     def add(self, tensors: Sequence[Tensor | None], message: Tensor, seconds: float) -> None:
         """One more message."""
         self.messages += 1
         self.dense += sum(tensor.nbytes for tensor in tensors if tensor is not None)
         self.sent += message.numel()
-        self.seconds += seconds
+        self.seconds.append(seconds)
 
 
 class Boundary:
@@ -149,30 +149,19 @@ class Boundary:
         self._has_received = True
         return tensors, number
 
-    def exchange_plain(self, mine: int, theirs: int, count: int) -> float:
+    def exchange_plain(self, mine: int, theirs: int) -> None:
         """Send and receive bytes without messages around them, as frameworks do.
 
         Both ends call it while nothing else is under way.
 
         Args:
-            mine: bytes that this end sends at once.
+            mine: bytes that this end sends.
             theirs: that it receives.
-            count: how often.
-
-        Returns:
-            Seconds until all have come.
         """
-        given = torch.empty(mine, dtype=torch.uint8)
-        taken = [torch.empty(theirs, dtype=torch.uint8) for _ in range(count)]
-        start = time.perf_counter()
-        coming = [self._back.receive(tensor) for tensor in taken]
-        leaving = [self._out.send(given) for _ in range(count)]
-        for message in coming:
-            message.wait()
-        seconds = time.perf_counter() - start
-        for message in leaving:
-            message.wait()
-        return seconds
+        coming = self._back.receive(torch.empty(theirs, dtype=torch.uint8))
+        leaving = self._out.send(torch.empty(mine, dtype=torch.uint8))
+        coming.wait()
+        leaving.wait()
 
     def flush(self) -> None:
         """Wait until all that was sent has left.
