@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import OURS, READERS, Side, layers_of, read_channels, written_channels
+from .layers import READERS, OwnHook, Side, layers_of, read_channels, written_channels
 
 __all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels", "sides_of"]
 
@@ -162,7 +162,7 @@ def insert(
     return handles
 
 
-class _Before(OURS):
+class _Before(OwnHook):
     def __init__(self, module: Restore) -> None:
         self.module = module
         self._probed: set[bool] = set()  # in training, in evaluation
@@ -176,7 +176,7 @@ class _Before(OURS):
         return restored if given is args else (restored, *args[1:])
 
 
-class _Behind(OURS):
+class _Behind(OwnHook):
     def __init__(self, module: Keep) -> None:
         self.module = module
         self._probed: set[bool] = set()

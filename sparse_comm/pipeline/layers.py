@@ -92,12 +92,12 @@ def _is_changed(module: nn.Module) -> bool:
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
     )
-    ours = all(isinstance(hook, OURS) for kind in hooks for hook in kind.values())
+    ours = all(isinstance(hook, OwnHook) for kind in hooks for hook in kind.values())
     return not ours or "forward" in vars(module)
 
 
-class OURS:
-    """Marks the hooks of ``channels.py``, which are not looked at."""
+class OwnHook:
+    """One of ``channels.py``: a layer that has no other hooks computes what its class does."""
 
 
 def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
