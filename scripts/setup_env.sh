@@ -68,6 +68,7 @@ pip_install() {
         }' || { tail -n 30 .venv/pip.log >&2; die "pip failed; all that it said is in .venv/pip.log"; }
 }
 
+[ $# -le 1 ] || die "one extra at a time, got '$*': dev holds all"
 case $extra in
     plot | dev) installed=$extra ;;
     deepspeed | axonn) installed=plot,$extra ;;

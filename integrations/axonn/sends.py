@@ -20,12 +20,14 @@ from sparse_comm.pipeline import (
     Codec,
     Ends,
     Incoming,
+    Origin,
     TorchWire,
     Wire,
     boundary_between,
     compare,
     describe,
     has_messages,
+    set_origin,
 )
 
 from .modules import ax, config
@@ -69,7 +71,10 @@ class Sends:
             self._send_plain(tensor.detach().contiguous().to(self._dtype), stage, evaluates)
             return
         number = self._number("sent forward" if forward else "sent back")
-        boundary.send([tensor.to(self._dtype)], number)
+        sent = tensor.to(self._dtype)
+        if sent is not tensor:
+            set_origin(sent, Origin(source=tensor))
+        boundary.send([sent], number)
         if evaluates and number % config.G_inter == config.G_inter - 1:
             boundary.flush()  # or activations would pile up
 
@@ -219,17 +224,18 @@ class _MPIWire:
     def send(self, tensor: Tensor) -> _MPIMessage:
         """See sparse_comm.pipeline.Wire."""
         comm = ax.comm_handle.p2p_mpi_comm
-        return _MPIMessage(comm.Isend(in_memory(tensor), self._stage, self._tag))
+        return _MPIMessage(comm.Isend(in_memory(tensor), self._stage, self._tag), tensor)
 
     def receive(self, tensor: Tensor) -> _MPIMessage:
         """See sparse_comm.pipeline.Wire."""
         comm = ax.comm_handle.p2p_mpi_comm
-        return _MPIMessage(comm.Irecv(in_memory(tensor), self._stage, self._tag))
+        return _MPIMessage(comm.Irecv(in_memory(tensor), self._stage, self._tag), tensor)
 
 
 class _MPIMessage:
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, tensor: Tensor) -> None:
         self.request = request
+        self._tensor = tensor  # MPI has its address only
 
     def wait(self) -> None:
         self.request.Wait()

@@ -8,6 +8,7 @@ from .dense import Dense
 from .ends import Ends
 from .layers import Side, layers_of, read_channels, written_channels
 from .message import decode, encode
+from .support import Origin, set_origin
 from .wire import Incoming, TorchWire, Wire, cpu_backend
 from .zeros import Zeros
 
@@ -23,6 +24,7 @@ __all__ = [
     "Keep",
     "Kept",
     "MessageError",
+    "Origin",
     "Restore",
     "Side",
     "TorchWire",
@@ -41,5 +43,6 @@ __all__ = [
     "layers_of",
     "plan_channels",
     "read_channels",
+    "set_origin",
     "written_channels",
 ]

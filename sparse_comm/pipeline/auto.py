@@ -25,7 +25,7 @@ __all__ = ["Choice", "choose"]
 _PING = (1 << 32) - 1  # the number of no micro-batch
 _BURST = 1 << 21  # bytes that a shaped link lets through at once, or more
 _UNTIMED = 16  # messages at most that use it up: of small ones the latency is what counts
-_TIMED = 7
+_TIMED, _TIMED_LARGE = 7, 3  # of those that are not larger than a burst, and of others
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Choice:
 
     Attributes:
         codec: of what this end sends.
-        both_dense: whether neither end leaves anything out.
+        both_dense: whether neither end leaves anything out, and frameworks can send it.
         text: for the log of the writer.
     """
 
@@ -53,32 +53,45 @@ def choose(boundary: Boundary, channels: Channels | None) -> Choice:
     Source: ours.
     """
     sent, received = boundary.take_traffic()
-    each = max(sent.messages, 1)
-    dense, packed = max(sent.dense // each, 1), sent.sent // each
-    theirs = [int(size) for size in _swap(boundary, f"{dense} {packed}").split()]
-    untimed = min(-(-_BURST // max(dense, theirs[0])), _UNTIMED)  # the same at both ends
-    times = [
-        _seconds(boundary, dense, theirs[0], untimed, plain=True),
-        _seconds(boundary, packed, theirs[1], untimed, plain=False),
-        _typical(received.seconds),
-    ]
-    all_of_it, message, decoding = map(float, _swap(boundary, " ".join(map(str, times))).split())
-    codec, why = _better(sent, all_of_it, message + decoding + _typical(sent.seconds))
+    dense, packed = (total // max(sent.messages, 1) for total in (sent.dense, sent.sent))
+    codec, why, rate = _pick(boundary, dense, packed, sent, received)
     sends = packed if isinstance(codec, Zeros) else dense
-    mine = f"{dense} {codec.name}, {sends:,} of {{:,}} bytes ({why})"
-    answers = _swap(boundary, mine)
+    is_done = codec.name == "dense" and boundary.is_plain
+    mine = f"{is_done:d} {dense} {codec.name}, {sends:,} of {{:,}} bytes ({why})"
+    theirs = _swap(boundary, mine)
     planned = f"{channels.why}; " if channels is not None else ""
-    ways = {"activations": mine, "gradients": answers}
+    ways = {"activations": mine, "gradients": theirs}
     said = "; ".join(_said(way, text, channels) for way, text in ways.items())
-    rate = dense / all_of_it / 1e6
-    text = f"{boundary.name}, a micro-batch: {planned}{said}; {rate:,.0f} MB/s"
-    both_dense = codec.name == "dense" and answers.split()[1] == "dense,"
-    return Choice(codec, both_dense, text)
+    text = f"{boundary.name}, a micro-batch: {planned}{said}{rate}"
+    return Choice(codec, is_done and theirs[0] == "1", text)
+
+
+def _pick(
+    boundary: Boundary, dense: int, packed: int, sent: Traffic, received: Traffic
+) -> tuple[Codec, str, str]:
+    """The codec of what this end sends, ``dense`` bytes or ``packed``; why; the link's rate."""
+    told = _swap(boundary, f"{dense} {packed} {_typical(received.seconds)}").split()
+    sizes = [(dense, packed), (int(told[0]), int(told[1]))]
+    nothing = (Dense(), "nothing to leave out")
+    # The larger of both directions, which so take the same time at both ends.
+    part = max((part for whole, part in sizes if part < whole), default=None)
+    if part is None:
+        return *nothing, ""
+    whole = max(whole for whole, _ in sizes)
+    all_take = _seconds(boundary, whole, plain=True)
+    zeros_take = _seconds(boundary, part, plain=False) + _typical(sent.seconds) + float(told[2])
+    rate = f"; {whole / all_take / 1e6:,.0f} MB/s"
+    if packed >= dense:
+        return *nothing, rate
+    zeros, every = f"zeros: {zeros_take * 1e3:.2f} ms", f"all: {all_take * 1e3:.2f} ms"
+    if zeros_take >= all_take:
+        return Dense(), f"{every}, without {zeros}", rate
+    return Zeros(), f"without {zeros}, {every}", rate
 
 
 def _said(way: str, text: str, channels: Channels | None) -> str:
     """Of how many bytes: those before channels were left out."""
-    dense, _, rest = text.partition(" ")
+    _, dense, rest = text.split(" ", 2)
     whole = int(dense) if channels is None else round(int(dense) / channels.density)
     return f"{way} {rest.format(whole)}"
 
@@ -97,26 +110,18 @@ def _typical(seconds: list[float]) -> float:
     return median_low(seconds) if seconds else 0.0
 
 
-def _seconds(boundary: Boundary, mine: int, theirs: int, untimed: int, *, plain: bool) -> float:
-    """Until ``theirs`` bytes have come, if ``mine`` go the other way at once, as in a step."""
+def _seconds(boundary: Boundary, size: int, *, plain: bool) -> float:
+    """Until so many bytes have come, if as many go the other way at once, as in a step."""
+    untimed = max(min(-(-_BURST // max(size, 1)), _UNTIMED), 1)
+    timed = _TIMED if untimed > 1 else _TIMED_LARGE
     found = []
-    for _ in range(untimed + _TIMED):
+    for _ in range(untimed + timed):
         start = time.perf_counter()
         if plain:
-            boundary.exchange_plain(mine, theirs)
+            boundary.exchange_plain(size)
         else:
-            boundary.send([torch.empty(mine, dtype=torch.uint8)], _PING)
+            boundary.send([torch.empty(size, dtype=torch.uint8)], _PING)
             boundary.receive(_PING)
         found.append(time.perf_counter() - start)
     boundary.take_traffic()
     return median(found[untimed:])  # single ones take ten times as long (BBR's pacing)
-
-
-def _better(sent: Traffic, dense: float, zeros: float) -> tuple[Codec, str]:
-    """The codec that takes less time on this link, of what it sends and computes on both sides."""
-    if sent.sent >= sent.dense:
-        return Dense(), "nothing to leave out"
-    zeros_take, all_takes = f"zeros: {zeros * 1e3:.2f} ms", f"all: {dense * 1e3:.2f} ms"
-    if zeros >= dense:
-        return Dense(), f"{all_takes}, without {zeros_take}"
-    return Zeros(), f"without {zeros_take}, {all_takes}"

@@ -61,6 +61,7 @@ class Boundary:
     Attributes:
         name: as given.
         codec: as given.
+        is_plain: whether the framework could send what was sent: it takes contiguous tensors.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Boundary:
         self._kept: dict[int, list[Kept | None]] = {}
         self._sent, self._received = Traffic(), Traffic()
         self._has_sent, self._has_received = False, False
+        self.is_plain = True
 
     @property
     def is_measured(self) -> bool:
@@ -106,6 +108,7 @@ class Boundary:
             seconds = time.perf_counter() - start
         self._sent.add(tensors, message, seconds)
         self._has_sent = True
+        self.is_plain &= all(tensor is None or tensor.is_contiguous() for tensor in tensors)
         with span("send", "pipeline"):
             self._outbox.put(message)
 
@@ -149,19 +152,18 @@ class Boundary:
         self._has_received = True
         return tensors, number
 
-    def exchange_plain(self, mine: int, theirs: int) -> None:
+    def exchange_plain(self, size: int) -> None:
         """Send and receive bytes without messages around them, as frameworks do.
 
         Both ends call it while nothing else is under way.
 
         Args:
-            mine: bytes that this end sends.
-            theirs: that it receives.
+            size: bytes in each direction.
         """
-        coming = self._back.receive(torch.empty(theirs, dtype=torch.uint8))
-        leaving = self._out.send(torch.empty(mine, dtype=torch.uint8))
+        given, taken = (torch.empty(size, dtype=torch.uint8) for _ in range(2))
+        coming, leaving = self._back.receive(taken), self._out.send(given)
         coming.wait()
-        leaving.wait()
+        leaving.wait()  # wires do not keep the tensors
 
     def flush(self) -> None:
         """Wait until all that was sent has left.

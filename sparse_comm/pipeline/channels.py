@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import READERS, OwnHook, Side, layers_of, read_channels, written_channels
+from .support import Origin, set_origin
 
 __all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels", "sides_of"]
 
@@ -61,7 +62,9 @@ class Keep(nn.Module):
         """``x`` with its kept channels only."""
         channels = self.channels
         _check(x, channels.dim, channels.count, "the stage gives")
-        return x.index_select(channels.dim, channels.kept.to(x.device))
+        kept = x.index_select(channels.dim, channels.kept.to(x.device))
+        set_origin(kept, Origin(source=x))
+        return kept
 
 
 class Restore(nn.Module):
@@ -87,7 +90,8 @@ def _check(x: Tensor, dim: int, count: int, what: str) -> None:
     if x.ndim < 2 or x.shape[dim] != count:
         raise ValueError(
             f"{what} a tensor of shape {tuple(x.shape)}, expected {count} channels in dimension "
-            f"{dim}: sparse_comm.pipeline.plan_channels was made for another boundary"
+            f"{dim}: a stage that leaves out channels is called by its pipeline only, with what "
+            "the stage before sends; a copy.deepcopy of it takes and gives all"
         )
 
 
@@ -167,7 +171,7 @@ class _Before(OwnHook):
         self.module = module
         self._probed: set[bool] = set()  # in training, in evaluation
 
-    def __call__(self, stage: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, stage: nn.Module, args: Any, output: Any = None) -> Any:
         given = args[0] if isinstance(args[0], tuple) else args  # DeepSpeed gives a tuple
         if stage.training not in self._probed and bool(given[0].isfinite().all()):
             self._probed.add(stage.training)
@@ -181,7 +185,7 @@ class _Behind(OwnHook):
         self.module = module
         self._probed: set[bool] = set()
 
-    def __call__(self, stage: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, stage: nn.Module, args: Any, output: Any = None) -> Any:
         several = isinstance(output, tuple)
         first = output[0] if several else output
         if stage.training not in self._probed and bool(first.isfinite().all()):

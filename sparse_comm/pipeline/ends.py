@@ -7,8 +7,10 @@ all stop if one does not fit), and each stage puts in its modules and sets its c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_comm.compact.module import compact_slots
 from sparse_comm.pattern import SparsityPattern
@@ -18,6 +20,8 @@ from .auto import choose
 from .boundary import Boundary
 from .channels import Channels, insert
 from .codec import Codec
+from .layers import OwnHook, hides_its_end
+from .support import Origin, set_origin
 
 __all__ = ["Ends"]
 
@@ -31,6 +35,16 @@ def _patterns(stage: nn.Module, description: Description) -> dict[str, SparsityP
         for name, _, _, slot in compact_slots(stage)
         if name.rpartition(".")[0] in layers
     }
+
+
+class _MarkOutput(OwnHook):
+    """Says of what a stage gives that no code but torch's has seen of what it was made."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        given = output if isinstance(output, tuple) else (output,)
+        for tensor in given:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                set_origin(tensor, Origin(unseen=partial(hides_its_end, module)))
 
 
 class Ends:
@@ -62,7 +76,8 @@ class Ends:
         self.channels = planned.get(description.index - 1), planned.get(description.index)
         self._logs = logs
         self._patterns = _patterns(stage, description)
-        self._handles = insert(stage, *self.channels)
+        self._handles = [] if behind is None else [stage.register_forward_hook(_MarkOutput())]
+        self._handles += insert(stage, *self.channels)
         self._undecided = {"before", "behind"} if codec == "auto" else set()
 
     def begin_step(self) -> None:

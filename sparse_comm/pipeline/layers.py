@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
-__all__ = ["Side", "layers_of", "read_channels", "written_channels"]
+__all__ = ["OwnHook", "Side", "hides_its_end", "layers_of", "read_channels", "written_channels"]
 
 _ELEMENTWISE: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU),
@@ -30,6 +31,7 @@ _POOLS = (
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Threshold)
 READERS = (nn.Linear, *_CONVOLUTIONS)  # layers whose masks decide
 _APART = (*_ELEMENTWISE, *_DROPOUT, *_POOLS, *_NORMS, *_INSTANCE)  # channels stay apart
 
@@ -79,31 +81,55 @@ def _flattened(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _row_of_pipeline(module: nn.Module) -> Any:
-    return None if _is_changed(module) else getattr(module, "forward_funcs", None)
+    # DeepSpeed's engines have hooks there, which time and cast.
+    return None if _is_changed(module, "deepspeed.") else getattr(module, "forward_funcs", None)
 
 
 class _Unknown(nn.Module):
     """A function among a pipeline's layers."""
 
 
-def _is_changed(module: nn.Module) -> bool:
-    """Whether it does something else than its class, or may."""
+def _is_changed(module: nn.Module, but_by: str | None = None) -> bool:
+    """Whether it does something else than its class, or may; but for hooks of one package."""
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
     )
-    ours = all(isinstance(hook, OwnHook) for kind in hooks for hook in kind.values())
-    return not ours or "forward" in vars(module)
+    others = [h for kind in hooks for h in kind.values() if not isinstance(h, OwnHook)]
+    if but_by is not None:
+        others = [h for h in others if not str(getattr(h, "__module__", "")).startswith(but_by)]
+    everywhere = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+    return bool(others or everywhere) or "forward" in vars(module)
 
 
 class OwnHook:
-    """One of ``channels.py``: a layer that has no other hooks computes what its class does."""
+    """One of this package: a layer that has no others computes what its class does.
+
+    A copy of a stage, of an EMA say, is none of the pipeline: its hooks do nothing.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnHook, ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        """Change nothing."""
+        return None
 
 
 def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether it computes what one of the classes does."""
     found = next((kind for kind in kinds if isinstance(module, kind)), None)
     return found is not None and type(module).forward is found.forward and not _is_changed(module)
+
+
+def hides_its_end(stage: nn.Module) -> bool:
+    """Whether a stage ends in a ReLU and layers behind it that give what is between to nobody."""
+    for _, layer in reversed(list(layers_of(stage))):
+        if _is(layer, _RECTIFIERS):
+            return True
+        if not _is(layer, (nn.Identity, nn.Flatten, *_DROPOUT, *_POOLS)):
+            return False
+    return False
 
 
 def read_channels(

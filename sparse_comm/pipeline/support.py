@@ -6,19 +6,23 @@ answers only where it is certain, underflow included: the square of 1e-30 is zer
 derivative, so that of squares the entries that went in count, not those that came out.
 
 What it does not answer for: nodes that are not torch's own (a name tells: theirs end in a digit);
-tensors with hooks, which may look at the whole gradient; tensors that were written to since; values
-that autograd does not keep itself (checkpointing would compute them anew to show them).
+tensors and nodes with hooks, which may look at the whole gradient; tensors in between that cannot
+be found, so that nobody knows of their hooks (torch keeps those of views, powers, products with
+themselves and pools; of the others a row of torch's layers is known to give them to nobody);
+tensors that were written to since; values that autograd does not keep itself (checkpointing would
+compute them anew to show them).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Support", "support_of"]
+__all__ = ["Origin", "Support", "set_origin", "support_of"]
 
 _KIND = re.compile(r"(\w+?)Backward\d+")
 _VIEWS = {
@@ -51,6 +55,29 @@ class Support:
     checks: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor's graph does not tell of it.
+
+    Attributes:
+        source: the tensor that its last operation was given, for its hooks.
+        unseen: whether nobody but torch has had the tensors that it was made from, back to a ReLU.
+    """
+
+    source: Tensor | None = None
+    unseen: Callable[[], bool] | None = None
+
+
+def set_origin(tensor: Tensor, origin: Origin) -> None:
+    """Say how a tensor was made. The source lives as long as the tensor."""
+    tensor._sparse_comm_origin = origin  # type: ignore[attr-defined]
+
+
+def _origin(tensor: Tensor | None) -> Origin:
+    found = getattr(tensor, "_sparse_comm_origin", None)
+    return found if isinstance(found, Origin) else Origin()
+
+
 def support_of(tensor: Tensor) -> Support | None:
     """Where the gradient of a tensor counts; None if that is not known, or everywhere.
 
@@ -59,10 +86,10 @@ def support_of(tensor: Tensor) -> Support | None:
 
     Source: ours.
     """
-    if tensor.grad_fn is None or tensor.retains_grad or any(map(_looks, _hooks(tensor))):
+    if tensor.grad_fn is None:
         return None
     try:
-        found = _support(tensor.grad_fn, tensor)
+        found = _support(tensor.grad_fn, tensor, None)
     except Exception:  # what it was made from was overwritten, or a node is another than it seems
         return None
     if found is None or (not found.checks and tensor._version > 0):
@@ -72,17 +99,37 @@ def support_of(tensor: Tensor) -> Support | None:
     return found
 
 
-def _hooks(tensor: Tensor) -> list[Any]:
-    return list((tensor._backward_hooks or {}).values())
+def _is_looked_at(made_by: Any, tensor: Tensor | None) -> bool:
+    """Whether somebody may look at the whole gradient of a node's output."""
+    if tensor is not None:
+        hooks = (tensor._backward_hooks or {}).values()
+        # DeepSpeed's own scale the entries.
+        if any(not str(getattr(h, "__module__", "")).startswith("deepspeed.") for h in hooks):
+            return True
+        if tensor.retains_grad:
+            return True
+    return any(
+        _has_hooks(register) for register in (made_by.register_prehook, made_by.register_hook)
+    )
 
 
-def _looks(hook: Any) -> bool:
-    """Whether a hook may look at the whole gradient; DeepSpeed's own scale its entries."""
-    return not str(getattr(hook, "__module__", "")).startswith("deepspeed.")
+def _has_hooks(register: Callable[[Callable[..., None]], Any]) -> bool:
+    """Of a node: one more tells of the others."""
+    handle = register(lambda *_: None)
+    hooks = handle.hooks_dict_ref()
+    handle.remove()
+    return hooks is None or len(hooks) > 0
 
 
-def _support(made_by: Any, tensor: Tensor | None) -> Support | None:
-    """Of the output of a node; ``tensor``, where it is at hand."""
+def _support(
+    made_by: Any, tensor: Tensor | None, unseen: Callable[[], bool] | None
+) -> Support | None:
+    """Of the output of a node: ``tensor``, where it can be found, else it must be ``unseen``."""
+    unseen = _origin(tensor).unseen or unseen
+    if tensor is None and (unseen is None or not unseen()):
+        return None
+    if _is_looked_at(made_by, tensor):
+        return None
     match = _KIND.fullmatch(made_by.name())
     kind = match[1] if match else ""
     inputs = [node for node, _ in made_by.next_functions]
@@ -93,10 +140,10 @@ def _support(made_by: Any, tensor: Tensor | None) -> Support | None:
     if kind == "Hardtanh":  # ReLU6
         return Support() if made_by._saved_min_val >= 0 else None
     if kind == "Mul":
-        return _of_product(made_by, tensor)
+        return _of_product(made_by, tensor, unseen)
     if kind not in _KNOWN or not inputs or inputs[0] is None:
         return None
-    before = _support(inputs[0], None)
+    before = _support(inputs[0], _given_to(made_by, kind, tensor), unseen)
     if before is None or kind in _VIEWS:
         return before
     if kind == "Pow" and made_by._saved_exponent > 0:
@@ -108,6 +155,17 @@ def _support(made_by: Any, tensor: Tensor | None) -> Support | None:
     if kind in _OTHER_VIEWS:
         return before
     return Support() if kind in _COPIES else None
+
+
+def _given_to(made_by: Any, kind: str, tensor: Tensor | None) -> Tensor | None:
+    """The tensor that a node was given, with its hooks; None if it cannot be found."""
+    found = _origin(tensor).source
+    if found is None and kind in _VIEWS | _OTHER_VIEWS:
+        found = None if tensor is None else tensor._base
+    elif found is None and kind in _LARGEST | {"Pow", "Mul"}:
+        found = _saved(made_by, "self")
+    is_it = found is not None and found.grad_fn is made_by.next_functions[0][0]
+    return found if is_it else None
 
 
 def _given(entries: Tensor | None) -> Support | None:
@@ -128,14 +186,16 @@ def _output(node: Any) -> Tensor | None:
     return _saved(node, "result") if node.name() == "ReluBackward0" else None
 
 
-def _of_product(made_by: Any, tensor: Tensor | None) -> Support | None:
+def _of_product(
+    made_by: Any, tensor: Tensor | None, unseen: Callable[[], bool] | None
+) -> Support | None:
     """A product of a ReLU with itself, or of anything with constants: dropout, which has zeros."""
     inputs = made_by.next_functions
     if len(inputs) != 2:
         return None
     first, second = inputs[0][0], inputs[1][0]
     if first is not None and inputs[0] == inputs[1]:
-        before = _support(first, None)
+        before = _support(first, _given_to(made_by, "Mul", tensor), unseen)
         if before is None or before.entries is not None:
             return before
         return _given(_saved(made_by, "self"))
@@ -143,7 +203,7 @@ def _of_product(made_by: Any, tensor: Tensor | None) -> Support | None:
         return None
     factor = _saved(made_by, "other" if first is not None else "self")
     node = first if first is not None else second
-    before = _support(node, None)
+    before = _support(node, None, unseen)
     if factor is None or factor.shape != tensor.shape:
         if before is None:  # scaled as a whole
             return None

@@ -54,7 +54,12 @@ class Zeros:
         pattern = SparsityPattern.from_nonzeros(tensor, bitmap)
         if live is not None and live.entries is not None:
             others = SparsityPattern.from_nonzeros(live.entries.reshape(tensor.shape))
-            pattern = SparsityPattern.from_bitmap(bitmap.bitwise_or_(others.bitmap), tensor.shape)
+            both = SparsityPattern.from_bitmap(bitmap | others.bitmap, tensor.shape)
+            if 2 * both.nnz > pattern.nnz + tensor.numel():  # a whole gradient is less
+                live = None
+            else:
+                bitmap.copy_(both.bitmap)
+                pattern = both
         if end + pattern.nnz * tensor.itemsize >= tensor.nbytes:
             return None
         if live is None:

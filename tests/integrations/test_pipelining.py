@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +221,78 @@ def dropout_and_half_precision(rank: int, world_size: int) -> None:
     plain = train(make, None, data=data)
     for codec in CODECS:
         same(plain, train(make, codec, data=data))
+
+
+class LookedAt(nn.Module):
+    """A ReLU whose gradient is scaled by its norm, and a view of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient / gradient.norm())
+        return y.view(-1, 2, y.shape[1] // 2).flatten(1)
+
+
+@case(CASES)
+def a_hook_within_a_stage_sees_the_whole_gradient(rank: int, world_size: int) -> None:
+    def hooked(index: int, count: int) -> nn.Module:
+        layers = mlp(index, count)
+        return layers if index == count - 1 else nn.Sequential(layers[0], LookedAt())
+
+    plain = train(hooked, None)
+    for codec in CODECS:
+        same(plain, train(hooked, codec))
+
+
+@case(CASES)
+@on_two
+def dropout_in_a_row_of_layers_needs_no_bitmap_of_its_own(rank: int, world_size: int) -> None:
+    def dropping(index: int, count: int) -> nn.Module:
+        width = 24 if index == 0 else 4000
+        return nn.Sequential(nn.Linear(width, 4000), nn.ReLU(), nn.Dropout(0.2))
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return output.square().mean()
+
+    plain = train(dropping, None, loss_fn=loss, steps=2)
+    zeros = train(dropping, "zeros", loss_fn=loss, steps=2)
+    same(plain, zeros)
+    dense, sent = sent_bytes(zeros)
+    assert 0.3 * dense < sent < 0.5 * dense
+
+
+@case(CASES)
+@on_two
+def what_torch_cannot_send_stays_in_messages(rank: int, world_size: int) -> None:
+    """Outputs that are not contiguous, where ``auto`` finds nothing to leave out."""
+
+    class Transposed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.stack([y, y], -1).select(-1, 0) if rank == 0 else y
+
+    def transposed(index: int, count: int) -> nn.Module:
+        return Transposed(24, 24 if index == 0 else 5)
+
+    found = [train(transposed, codec, compact=False, steps=4) for codec in ("zeros", "auto")]
+    same(*found)
+
+
+@case(CASES)
+def a_copy_of_a_stage_is_none_of_the_pipeline(rank: int, world_size: int) -> None:
+    """Of an EMA, say: it takes and gives all channels."""
+    (stage,) = train(mlp, "auto", steps=2)["stages"]
+    module = stage.submod
+    x = torch.randn(3, 24 if rank == 0 else 40)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    copies = [copy.deepcopy(module), torch.load(stored, weights_only=False)]
+    outputs = [one(x) for one in copies]
+    if rank > 0:
+        with pytest.raises(ValueError, match="is called by its pipeline only"):
+            module(x)
+    assert all(torch.equal(output, module.forward(x)) for output in outputs)  # without hooks
 
 
 @case(CASES)

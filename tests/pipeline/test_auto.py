@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_comm.pipeline import Boundary, TorchWire, Zeros
 from sparse_comm.pipeline.auto import Choice, choose
+from sparse_comm.pipeline.wire import Message
 from tests.integrations.cases import Cases, case, passed
 
 CASES: Cases = {}
@@ -19,24 +20,11 @@ BYTES_A_SECOND = 1e7  # of the slow wire: 26 ms for NUMEL floats
 
 
 class SlowWire(TorchWire):
-    """gloo's messages, which take as long to arrive as their bytes would on a slow link."""
+    """gloo's messages, which take as long to leave as their bytes would on a slow link."""
 
-    def receive(self, tensor: Tensor) -> SlowMessage:
-        tensor.fill_(7)  # messages may be shorter: what stays so has not come
-        return SlowMessage(super().receive(tensor), tensor)
-
-
-class SlowMessage:
-    def __init__(self, work, tensor: Tensor) -> None:
-        self._work, self._tensor = work, tensor
-
-    def wait(self) -> None:
-        self._work.wait()
-        come = self._tensor.numel() - int(self._tensor.flip(0).ne(7).to(torch.uint8).argmax())
-        time.sleep(come / BYTES_A_SECOND)
-
-    def is_completed(self) -> bool:
-        return False
+    def send(self, tensor: Tensor) -> Message:
+        time.sleep(tensor.numel() / BYTES_A_SECOND)
+        return super().send(tensor)
 
 
 class SlowZeros(Zeros):

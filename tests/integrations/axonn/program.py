@@ -46,7 +46,8 @@ def main() -> None:
         said["losses"][str(grid)] = models.train(engine, steps=6)
     sparse_axonn.init(4, 1, transport=options.transport)
     of_codecs = [
-        models.train_relu(models.relu_engine(codec)) for codec in ("dense", "channels", "zeros")
+        models.train_relu(models.relu_engine(codec))
+        for codec in ("dense", "channels", "zeros", "auto")
     ]
     said["codecs"] = of_codecs
     sparse_axonn.init(options.G_inter, options.G_data, transport=options.transport)

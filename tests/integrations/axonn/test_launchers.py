@@ -107,7 +107,7 @@ def test_both_launchers_and_transports_train_the_same(trained):
 @needs_mpi
 def test_what_is_read_is_sent_over_both_transports(trained):
     for rank in (*trained("torchrun"), *trained("mpirun")):
-        assert rank["codecs"] == rank["codecs"][:1] * 3
+        assert rank["codecs"] == rank["codecs"][:1] * 4
         assert rank["codecs"] == trained("mpirun")[0]["codecs"]
 
 

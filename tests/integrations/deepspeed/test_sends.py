@@ -112,6 +112,9 @@ def same_training(layers: Any, config: Config, steps: int = 6, **options: Any) -
     losses = train(plain, steps)
     for codec in CODECS:
         packed = engine_of(layers(), merged(config, {"sparse_comm": {"pipeline_codec": codec}}))
+        kept = [c.density for c in packed._sparse_comm_sends.ends.channels if c is not None]
+        assert bool(kept) == (codec != "zeros")
+        assert all(density < 0.8 for density in kept)
         assert train(packed, steps) == losses, codec
         for (name, a), b in zip(weights(plain).items(), weights(packed).values(), strict=True):
             assert torch.equal(a, b), name
