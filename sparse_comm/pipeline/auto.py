@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median_low
 
 import torch
 
@@ -25,7 +25,7 @@ __all__ = ["Choice", "choose"]
 _PING = (1 << 32) - 1  # the number of no micro-batch
 _BURST = 1 << 21  # bytes that a shaped link lets through at once, or more
 _UNTIMED = 16  # messages at most that use it up: of small ones the latency is what counts
-_TIMED, _TIMED_LARGE = 7, 3  # of those that are not larger than a burst, and of others
+_TURNS, _TIMED = 3, 3  # of so many messages at most
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def _pick(
     if part is None:
         return *nothing, ""
     whole = max(whole for whole, _ in sizes)
-    all_take = _seconds(boundary, whole, plain=True)
-    zeros_take = _seconds(boundary, part, plain=False) + _typical(sent.seconds) + float(told[2])
+    all_take, zeros_take = _seconds(boundary, whole, part)
+    zeros_take += _typical(sent.seconds) + float(told[2])  # what both sides compute
     rate = f"; {whole / all_take / 1e6:,.0f} MB/s"
     if packed >= dense:
         return *nothing, rate
@@ -110,18 +110,28 @@ def _typical(seconds: list[float]) -> float:
     return median_low(seconds) if seconds else 0.0
 
 
-def _seconds(boundary: Boundary, size: int, *, plain: bool) -> float:
-    """Until so many bytes have come, if as many go the other way at once, as in a step."""
-    untimed = max(min(-(-_BURST // max(size, 1)), _UNTIMED), 1)
-    timed = _TIMED if untimed > 1 else _TIMED_LARGE
-    found = []
-    for _ in range(untimed + timed):
-        start = time.perf_counter()
-        if plain:
-            boundary.exchange_plain(size)
-        else:
-            boundary.send([torch.empty(size, dtype=torch.uint8)], _PING)
-            boundary.receive(_PING)
-        found.append(time.perf_counter() - start)
+def _seconds(boundary: Boundary, whole: int, part: int) -> tuple[float, float]:
+    """Until so many bytes have come, if as many go the other way at once, as in a step.
+
+    Returns:
+        Of ``whole`` bytes as frameworks send them, and of ``part`` in a message, in turns: the
+        lower quartiles, as TCP's pacing (BBR's, say) has some take ten times as long, in phases.
+    """
+
+    def message(size: int) -> None:
+        boundary.send([torch.empty(size, dtype=torch.uint8)], _PING)
+        boundary.receive(_PING)
+
+    ways = [(boundary.exchange_plain, whole), (message, part)]
+    found: list[list[float]] = [[], []]
+    for turn in range(1 + _TURNS):
+        for (exchange, size), times in zip(ways, found, strict=True):
+            untimed = max(min(-(-_BURST // max(size, 1)), _UNTIMED), 1)
+            for _ in range(untimed if turn == 0 else min(untimed, _TIMED)):
+                start = time.perf_counter()
+                exchange(size)
+                if turn > 0:
+                    times.append(time.perf_counter() - start)
     boundary.take_traffic()
-    return median(found[untimed:])  # single ones take ten times as long (BBR's pacing)
+    plain, within = (sorted(times)[len(times) // 4] for times in found)
+    return plain, within
