@@ -234,6 +234,7 @@ class LookedAt(nn.Module):
 
 
 @case(CASES)
+@on_two
 def a_hook_within_a_stage_sees_the_whole_gradient(rank: int, world_size: int) -> None:
     def hooked(index: int, count: int) -> nn.Module:
         layers = mlp(index, count)
@@ -279,6 +280,7 @@ def what_torch_cannot_send_stays_in_messages(rank: int, world_size: int) -> None
 
 
 @case(CASES)
+@on_two
 def a_copy_of_a_stage_is_none_of_the_pipeline(rank: int, world_size: int) -> None:
     """Of an EMA, say: it takes and gives all channels."""
     (stage,) = train(mlp, "auto", steps=2)["stages"]
