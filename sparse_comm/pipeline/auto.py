@@ -9,6 +9,7 @@ of ours, whose own cost is more than zeros save where a link is fast.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -105,7 +106,7 @@ def _swap(boundary: Boundary, text: str) -> str:
     return received.numpy().tobytes().decode()
 
 
-def _typical(seconds: list[float]) -> float:
+def _typical(seconds: Sequence[float]) -> float:
     """Of a message, not counting the first one's start where there are several."""
     return median_low(seconds) if seconds else 0.0
 

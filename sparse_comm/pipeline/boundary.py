@@ -7,6 +7,7 @@ what a codec wants to know of a micro-batch from its activation to its gradient.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,14 @@ from sparse_comm.reduce.span import span
 
 from .codec import Codec, Kept, MessageError
 from .message import decode, encode, read_header
+from .support import drop_origin
 from .wire import Inbox, Incoming, Outbox, Wire
 from .zeros import Zeros
 
 __all__ = ["Boundary", "Traffic", "boundary_between"]
+
+
+_LATEST = 64  # messages: a training has millions
 
 
 @dataclass
@@ -31,13 +36,13 @@ class Traffic:
         messages: how many.
         dense: bytes of their tensors.
         sent: bytes of the messages.
-        seconds: of encoding, or of decoding, by message.
+        seconds: of encoding, or of decoding, of the latest messages.
     """
 
     messages: int = 0
     dense: int = 0
     sent: int = 0
-    seconds: list[float] = field(default_factory=list)
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
 
     def add(self, tensors: Sequence[Tensor | None], message: Tensor, seconds: float) -> None:
         """One more message."""
@@ -106,6 +111,8 @@ class Boundary:
             if self._writes:
                 self._kept[number] = mine
             seconds = time.perf_counter() - start
+        for tensor in tensors:
+            drop_origin(tensor)
         self._sent.add(tensors, message, seconds)
         self._has_sent = True
         self.is_plain &= all(tensor is None or tensor.is_contiguous() for tensor in tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import READERS, OwnHook, Side, layers_of, read_channels, written_channels
-from .support import Origin, set_origin
+from .support import pass_origin
 
 __all__ = ["Channels", "Keep", "Restore", "insert", "plan_channels", "sides_of"]
 
@@ -62,9 +62,7 @@ class Keep(nn.Module):
         """``x`` with its kept channels only."""
         channels = self.channels
         _check(x, channels.dim, channels.count, "the stage gives")
-        kept = x.index_select(channels.dim, channels.kept.to(x.device))
-        set_origin(kept, Origin(source=x))
-        return kept
+        return x.index_select(channels.dim, channels.kept.to(x.device))
 
 
 class Restore(nn.Module):
@@ -192,6 +190,7 @@ class _Behind(OwnHook):
             self._probed.add(stage.training)
             probe_writer(self.module.channels, first.detach())
         kept = self.module(first)
+        pass_origin(kept, first)
         return (kept, *output[1:]) if several else kept
 
 

@@ -76,8 +76,8 @@ class Ends:
         self.channels = planned.get(description.index - 1), planned.get(description.index)
         self._logs = logs
         self._patterns = _patterns(stage, description)
-        self._handles = [] if behind is None else [stage.register_forward_hook(_MarkOutput())]
-        self._handles += insert(stage, *self.channels)
+        self._marks = [] if behind is None else [stage.register_forward_hook(_MarkOutput())]
+        self._handles = self._marks + insert(stage, *self.channels)
         self._undecided = {"before", "behind"} if codec == "auto" else set()
 
     def begin_step(self) -> None:
@@ -128,3 +128,6 @@ class Ends:
         if choice.both_dense:
             boundary.flush()
             setattr(self, which, None)
+            if which == "behind":
+                for handle in self._marks:
+                    handle.remove()

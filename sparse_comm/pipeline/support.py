@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Origin", "Support", "set_origin", "support_of"]
+__all__ = ["Origin", "Support", "drop_origin", "pass_origin", "set_origin", "support_of"]
 
 _KIND = re.compile(r"(\w+?)Backward\d+")
 _VIEWS = {
@@ -36,7 +36,8 @@ _VIEWS = {
 _OTHER_VIEWS = {"Permute", "Transpose", "T", "Slice", "Select", "Split", "Narrow"}
 _LARGEST = {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D"}
 _COPIES = {"Clone", "IndexSelect"} | _LARGEST
-_KNOWN = _VIEWS | _OTHER_VIEWS | _COPIES | {"Pow", "ToCopy"}
+_STARTS = {"Relu", "Threshold", "Hardtanh", "Mul"}
+_KNOWN = _STARTS | _VIEWS | _OTHER_VIEWS | _COPIES | {"Pow", "ToCopy"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,20 @@ class Origin:
 def set_origin(tensor: Tensor, origin: Origin) -> None:
     """Say how a tensor was made. The source lives as long as the tensor."""
     tensor._sparse_comm_origin = origin  # type: ignore[attr-defined]
+
+
+def pass_origin(tensor: Tensor, source: Tensor) -> None:
+    """Say that ``tensor`` was made from ``source``, if somebody wants to know of that one."""
+    if hasattr(source, "_sparse_comm_origin"):
+        set_origin(tensor, Origin(source=source))
+
+
+def drop_origin(tensor: Tensor | None) -> None:
+    """Let go of the sources: a tensor that was sent lives on until its gradient comes."""
+    while tensor is not None and hasattr(tensor, "_sparse_comm_origin"):
+        source = _origin(tensor).source
+        del tensor._sparse_comm_origin
+        tensor = source
 
 
 def _origin(tensor: Tensor | None) -> Origin:
@@ -128,10 +143,10 @@ def _support(
     unseen = _origin(tensor).unseen or unseen
     if tensor is None and (unseen is None or not unseen()):
         return None
-    if _is_looked_at(made_by, tensor):
-        return None
     match = _KIND.fullmatch(made_by.name())
     kind = match[1] if match else ""
+    if kind not in _KNOWN or _is_looked_at(made_by, tensor):
+        return None
     inputs = [node for node, _ in made_by.next_functions]
     if kind == "Relu":
         return Support(checks=True)
@@ -141,7 +156,7 @@ def _support(
         return Support() if made_by._saved_min_val >= 0 else None
     if kind == "Mul":
         return _of_product(made_by, tensor, unseen)
-    if kind not in _KNOWN or not inputs or inputs[0] is None:
+    if not inputs or inputs[0] is None:
         return None
     before = _support(inputs[0], _given_to(made_by, kind, tensor), unseen)
     if before is None or kind in _VIEWS:

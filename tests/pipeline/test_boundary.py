@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparse_comm.pipeline import Boundary, Dense, MessageError, TorchWire, Zeros
+from sparse_comm.pipeline import (
+    Boundary,
+    Dense,
+    MessageError,
+    Origin,
+    TorchWire,
+    Zeros,
+    set_origin,
+)
 from tests.integrations.cases import Cases, case, passed
 from tests.launch import outcomes
 
@@ -68,6 +76,24 @@ def both_directions_at_once(rank: int, world_size: int) -> None:
     sent, received = boundary.take_traffic()
     assert sent.messages == received.messages == 20
     assert sent.dense == received.dense == 20 * 16000
+
+
+@case(CASES)
+def a_long_training_leaves_nothing_behind(rank: int, world_size: int) -> None:
+    """Neither times of its messages nor what their tensors were made from."""
+    boundary = end(rank, 700)
+    for number in range(200):
+        if rank == 0:
+            x = torch.relu(torch.ones(5, requires_grad=True))
+            set_origin(x, Origin(source=torch.relu(x)))
+            boundary.send([x], number % 2)
+            assert not hasattr(x, "_sparse_comm_origin")
+        else:
+            boundary.receive(number % 2)
+    boundary.flush()
+    sent, received = boundary.take_traffic()
+    assert (sent if rank == 0 else received).messages == 200
+    assert max(len(sent.seconds), len(received.seconds)) < 100
 
 
 @case(CASES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_comm.pipeline import Channels, Keep, Origin, Zeros, decode, encode, set_origin
 from sparse_comm.pipeline.layers import hides_its_end
+from sparse_comm.pipeline.support import drop_origin, pass_origin
 from tests.pipeline.tensors import around_zero, same, sparse
 
 
@@ -196,12 +199,6 @@ def square_written_to(x):
     return y
 
 
-def hooked(x):
-    y = torch.relu(x)
-    y.register_hook(lambda gradient: gradient / gradient.norm())
-    return y
-
-
 def retained(x):
     y = torch.relu(x)
     y.retain_grad()
@@ -278,9 +275,10 @@ def node_in_between(x):
 
 
 LOOKED_AT = [
-    *(view_of_it, view_of_a_view_of_it, selection_of_it, kept_channels_of_it, square_of_it),
-    *(product_of_it, multiple_of_it, narrowed_of_it, pooled_of_it, pool_of_a_view_of_it),
-    *(node_before, node_behind, node_in_between),
+    *(looked_at, view_of_it, view_of_a_view_of_it, selection_of_it),
+    *(kept_channels_of_it, square_of_it, product_of_it, multiple_of_it),
+    *(narrowed_of_it, pooled_of_it, pool_of_a_view_of_it, node_before),
+    *(node_behind, node_in_between),
 ]
 
 
@@ -289,7 +287,8 @@ def test_who_looks_at_a_gradient_on_its_way_sees_all_of_it(function):
     x = around_zero()
     y = function(x)
     message, mine = encode([y], Zeros())
-    _, theirs = decode(message)
+    (received,), theirs = decode(message)
+    assert same(received, y.detach().contiguous())
     assert mine == theirs == [None]
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
     (returned,), _ = decode(encode([gradient], Zeros(), theirs)[0], mine)
@@ -350,7 +349,7 @@ def checkpointed_square(x):
 @pytest.mark.parametrize(
     "function",
     [
-        *(of_the_same_name, written_to, copy_written_to, square_written_to, hooked, retained),
+        *(of_the_same_name, written_to, copy_written_to, square_written_to, retained),
         *(halves_multiplied, broadcast, gradient_of_a_gradient, checkpointed_square),
     ],
     ids=lambda function: function.__name__,
@@ -385,6 +384,20 @@ def test_what_was_overwritten_since_is_not_read():
     y = torch.relu(around_zero()).square()
     y.grad_fn.next_functions[0][0]._saved_result.add_(1)
     assert encode([y], Zeros())[1] == [None]
+
+
+def test_sources_live_no_longer_than_the_sending():
+    source = torch.relu(around_zero())
+    kept = source.index_select(1, torch.tensor([0, 2]))
+    pass_origin(kept, source)
+    assert not hasattr(kept, "_sparse_comm_origin"), "nobody wants to know"
+    set_origin(source, Origin(unseen=lambda: True))
+    pass_origin(kept, source)
+    gone = weakref.ref(source)
+    del source
+    assert gone() is not None
+    drop_origin(kept)
+    assert gone() is None
 
 
 ROW = (nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2), nn.Flatten())
